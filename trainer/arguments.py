@@ -6,6 +6,9 @@ Imports nothing heavy, so that the data scripts can use the path functions witho
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +43,159 @@ def sample_hint(name: str) -> str:
     return ""
 
 
+def data_source(path: str | Path) -> str:
+    """Where rows come from: a file, found like any input, or else the name of a data set on the hub (`org/name`)."""
+    try:
+        return str(input_path(path))
+    except FileNotFoundError:
+        name = str(path)
+        if name.count("/") == 1 and name[0] not in "./~" and not Path(name.split(":")[0]).suffix:
+            return name
+        raise
+
+
 def output_path(path: str | Path) -> Path:
     """A path to write to: relative ones belong to the working directory (defaults are absolute, below the root)."""
     return Path(path).expanduser().absolute()
+
+
+@contextmanager
+def friendly_errors():
+    """Turn a user's mistake (a missing file, a bad row, a wrong size) into one line and exit status 2; Ctrl-C into 130.
+
+    MINIMIND_DEBUG=1 shows the whole traceback instead.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nstopped; a training run continues from its last save with --from_resume 1", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError) as error:
+        if os.environ.get("MINIMIND_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def zero_or_one(text: str) -> int:
+    """0 or 1, also written as false/true, because `type=bool` would take the word "False" for true."""
+    values = {"0": 0, "false": 0, "no": 0, "1": 1, "true": 1, "yes": 1}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
+    return values[text.lower()]
+
+
+def positive_int(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+# flag -> config field, for those whose names differ
+_ALIASES = {"hidden_size": ["--dim"], "num_hidden_layers": ["--n_layers"], "n_routed_experts": ["--num_experts"]}
+_MODEL_FLAGS = {
+    "hidden_size": positive_int,
+    "num_hidden_layers": positive_int,
+    "num_attention_heads": positive_int,
+    "num_key_value_heads": positive_int,
+    "intermediate_size": positive_int,
+    "use_moe": zero_or_one,
+    "n_routed_experts": positive_int,
+    "num_experts_per_tok": positive_int,
+    "n_shared_experts": int,
+    "rms_norm_eps": float,
+    "rope_theta": float,
+    "dropout": float,
+}
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model; all of them default to "not stated", so that weights can speak for themselves."""
+    group = parser.add_argument_group("model (sizes are read from the weights where there are any)")
+    group.add_argument("--preset", help="a named size: tiny, small, base, moe, minimind3, minimind3_moe")
+    for name, kind in _MODEL_FLAGS.items():
+        group.add_argument(f"--{name}", *_ALIASES.get(name, []), type=kind, default=None)
+    group.add_argument("--inference_rope_scaling", action="store_true", help="stretch the context by YaRN, 16 times")
+
+
+def stated_sizes(args: argparse.Namespace) -> dict:
+    """The config fields that the user stated, by --preset or one by one (which wins)."""
+    from model.presets import PRESETS
+
+    if args.preset and args.preset not in PRESETS:
+        raise ValueError(f"no preset {args.preset!r}: choose one of {', '.join(PRESETS)}")
+    stated = dict(PRESETS[args.preset]) if args.preset else {}
+    stated |= {name: getattr(args, name) for name in _MODEL_FLAGS if getattr(args, name) is not None}
+    if "use_moe" in stated:
+        stated["use_moe"] = bool(stated["use_moe"])
+    if args.inference_rope_scaling:
+        stated["inference_rope_scaling"] = True
+    return stated
+
+
+def stage_parser(stage: str, **defaults) -> argparse.ArgumentParser:
+    """The parser with the flags that all training stages share.
+
+    Args:
+        stage: its name for --help and for wandb.
+        defaults: the stage's own defaults; save_weight, from_weight, data_path, epochs, batch_size, learning_rate and
+            max_seq_len must be given.
+    """
+    parser = argparse.ArgumentParser(
+        description=f"MiniMind {stage}", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--save_dir", "--out_dir", default=ROOT / "out", type=output_path, help="where the weights go")
+    add("--checkpoint_dir", default=ROOT / "checkpoints", type=output_path, help="where the state to resume from goes")
+    add("--save_weight", help="name of the weights that are written")
+    add("--from_weight", help="name of the weights to start from, or none")
+    add("--from_resume", type=zero_or_one, default=0, help="1: continue from the last checkpoint of this run")
+    add(
+        "--save_dtype",
+        default="float32",
+        choices=["float32", "float16", "bfloat16"],
+        help="half precision loses what the small learning rates of later stages add",
+    )
+    add("--data_path", help="rows to train on: .jsonl, .json, .gz of them, .parquet, .arrow or a hub name")
+    add("--val_path", default=None, help="held-back rows: their loss and perplexity are reported after each epoch")
+    add("--on_bad_row", default="raise", choices=["raise", "skip"], help="what a row that cannot be used does")
+    add("--tokenizer_path", default=str(ROOT / "model"), help="folder of the tokenizer")
+    add("--epochs", type=positive_int)
+    add("--batch_size", type=positive_int, help="rows per process and step")
+    add("--accumulation_steps", type=positive_int, default=1, help="steps whose gradients make one update")
+    add("--max_seq_len", type=positive_int, help="tokens per row")
+    add("--max_steps", type=int, default=0, help="stop after so many updates; 0: after all epochs")
+    add("--learning_rate", type=float, help="peak; reached after the warm-up, falls as a cosine to a tenth")
+    add("--warmup_ratio", type=float, default=0.05, help="share of the updates over which the learning rate rises")
+    add("--weight_decay", type=float, default=0.1, help="on matrices only, never on norms or embeddings")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--device", default="auto", help="auto, cpu, cuda:0, mps")
+    add("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="of the matrix products")
+    add("--num_workers", type=int, default=-1, help="processes that prepare batches; -1: 0 on CPU and MPS, 2 on CUDA")
+    add("--pack", type=zero_or_one, default=1, help="1: several short rows share one, attention kept apart")
+    add("--gradient_checkpointing", type=zero_or_one, default=0, help="1: less memory, a third more time")
+    add("--log_interval", type=positive_int, default=10, help="updates between log lines")
+    add("--save_interval", type=positive_int, default=200, help="updates between saves")
+    add("--seed", type=int, default=42)
+    add("--use_wandb", action="store_true", help="also log to wandb (offline unless an API key is set)")
+    add("--wandb_project", default=f"MiniMind-{stage.replace(' ', '-')}")
+    add("--ddp", action="store_true", help=argparse.SUPPRESS)  # an old spelling: torchrun is noticed by itself
+    add_model_flags(parser)
+    parser.set_defaults(stage=stage, **defaults)
+    return parser
+
+
+def model_config(args: argparse.Namespace):
+    """The configuration to train with: that of --from_weight where there is one, else what the flags say.
+
+    Raises:
+        FileNotFoundError, ValueError: no such weights; weights of other sizes than the flags state.
+    """
+    from model.model_minimind import MiniMindConfig
+    from model.weights import find_weights, load_config
+
+    stated = stated_sizes(args)
+    if args.from_weight == "none":
+        return MiniMindConfig(**stated)
+    path = find_weights(args.save_dir, args.from_weight, stated.get("hidden_size"), stated.get("use_moe"))
+    return load_config(path, stated)

@@ -1,0 +1,299 @@
+"""Small functions that every stage needs: processes, seeds, devices, the learning rate, checkpoints, models."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from model.weights import atomic_write, find_weights, load_model
+from trainer.arguments import ROOT
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def get_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def Logger(content: str) -> None:  # noqa: N802 (MiniMind's name)
+    """Print once, not once per process; above a progress bar if there is one."""
+    if is_main_process():
+        from tqdm import tqdm
+
+        tqdm.write(str(content))
+
+
+def init_distributed_mode(device: str = "cpu") -> int:
+    """Join the group of processes that torchrun started, if it did; returns the local rank (0 without torchrun).
+
+    NCCL where each process has a CUDA GPU of its own, gloo otherwise (CPU, Windows).
+    """
+    if "RANK" not in os.environ:
+        return 0
+    on_cuda = device.startswith("cuda")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if on_cuda:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if on_cuda and dist.is_nccl_available() else "gloo")
+    return local_rank
+
+
+def setup_seed(seed: int) -> None:
+    """Seed Python, numpy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def get_rng_state() -> dict:
+    """The state of all random generators, in types that torch.load(weights_only=True) accepts."""
+    name, keys, *rest = np.random.get_state()
+    version, state, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, keys.tolist(), *rest],
+        "python": [version, list(state), gauss],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+
+
+# --- device and precision ---------------------------------------------------------------------------------------------
+
+
+def choose_device(wanted: str = "auto") -> str:
+    """The device to use; a GPU that is there but that this torch cannot use is said, not passed over.
+
+    Raises:
+        ValueError: the wanted device does not exist here.
+    """
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return "cuda:0"
+        if torch.backends.mps.is_available():
+            return "mps"
+        if shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi"], capture_output=True).returncode == 0:
+            Logger(
+                f"an NVIDIA GPU is here, but torch {torch.__version__} cannot use it: running on the CPU. "
+                "`pip install -r requirements-torch-cu126.txt --force-reinstall` installs a torch that can"
+            )
+        return "cpu"
+    kind = torch.device(wanted).type
+    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise ValueError(
+            f"--device {wanted}, but torch {torch.__version__} has no {kind} here: pass --device cpu or auto"
+        )
+    return wanted
+
+
+def choose_dtype(wanted: str, device: str) -> str:
+    """The precision of the matrix products, for `auto` the fastest that is safe on that device.
+
+    Raises:
+        ValueError: float16 off CUDA, where there is no gradient scaler for it.
+    """
+    kind = torch.device(device).type
+    if wanted == "float16" and kind != "cuda":
+        raise ValueError(
+            f"--dtype float16 needs a gradient scaler, which only CUDA has: pass bfloat16 or auto on {kind}"
+        )
+    if wanted != "auto":
+        return wanted
+    if kind == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if kind == "mps":
+        return "bfloat16"
+    return "bfloat16" if cpu_has_bf16() else "float32"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices faster than fp32 ones: AMX or AVX512-BF16 on x86, BF16 on Linux Arm."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
+    except OSError:  # no Linux: fp32 is right everywhere
+        return False
+    wanted = {"x86_64": {"amx_bf16", "avx512_bf16"}, "aarch64": {"bf16"}}.get(platform.machine(), set())
+    return not wanted.isdisjoint(flags)
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The module inside DDP and torch.compile: for generating, saving and reading the config."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    return getattr(model, "_orig_mod", model)
+
+
+# --- learning rate ----------------------------------------------------------------------------------------------------
+
+
+def get_lr(current_step: int, total_steps: int, lr: float) -> float:
+    """Cosine from lr down to lr / 10 (MiniMind's schedule: 1.0 at the first step, 0.1 at the last)."""
+    return lr * (0.1 + 0.45 * (1 + math.cos(math.pi * current_step / total_steps)))
+
+
+def get_lr_with_warmup(current_step: int, total_steps: int, lr: float, warmup_steps: int = 0) -> float:
+    """Linear from 0 to lr over warmup_steps, then the cosine of get_lr over the rest; steps count updates from 0."""
+    if current_step < warmup_steps:
+        return lr * (current_step + 1) / warmup_steps
+    return get_lr(current_step - warmup_steps, max(total_steps - warmup_steps, 1), lr)
+
+
+# --- order of the data ------------------------------------------------------------------------------------------------
+
+
+class SkipBatchSampler:
+    """Batches of indices for one process, the first ones skipped when a run is resumed.
+
+    Every `world_size * batch_size` indices of `order` make one global step, cut evenly over the processes; so N
+    processes with batches of b see in each step what one process with batches of N*b sees. If the last step has too
+    few rows to go round, a process without any gets the first row again, and `is_filler` says that it must not count.
+    """
+
+    def __init__(
+        self, order: Sequence[int], batch_size: int, skip_batches: int = 0, rank: int = 0, world_size: int = 1
+    ):
+        self.order, self.batch_size, self.skip_batches = order, batch_size, skip_batches
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return max(math.ceil(len(self.order) / (self.batch_size * self.world_size)) - self.skip_batches, 0)
+
+    def _share(self, number: int) -> list[int]:
+        size = self.batch_size * self.world_size
+        rows = list(self.order[number * size : (number + 1) * size])
+        share = math.ceil(len(rows) / self.world_size)
+        return rows[self.rank * share : (self.rank + 1) * share]
+
+    def is_filler(self, number: int) -> bool:
+        return not self._share(number)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in range(self.skip_batches, self.skip_batches + len(self)):
+            yield self._share(number) or [self.order[0]]
+
+
+# --- checkpoints and models -------------------------------------------------------------------------------------------
+
+
+def resume_path(lm_config, weight: str, save_dir: str | Path) -> Path:
+    return Path(save_dir) / f"{weight}_{lm_config.hidden_size}{'_moe' if lm_config.use_moe else ''}_resume.pth"
+
+
+def lm_checkpoint(
+    lm_config,
+    weight: str = "full_sft",
+    model: torch.nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    epoch: int = 0,
+    step: int = 0,
+    wandb=None,
+    save_dir: str | Path = ROOT / "checkpoints",
+    **kwargs,
+) -> dict | None:
+    """With a model: write `{weight}_{hidden}{_moe}_resume.pth`. Without: read it, or give None where there is none.
+
+    The file holds the model in full precision, the optimizer, epoch, step (updates done in that epoch), world_size,
+    wandb_id, and each keyword: its state_dict() if it has one, else itself.
+    """
+    path = resume_path(lm_config, weight, save_dir)
+    if model is None:
+        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    state = {
+        "model": unwrap(model).state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        "step": step,
+        "world_size": get_world_size(),
+        "wandb_id": wandb.id if wandb is not None else None,
+    }
+    for name, value in kwargs.items():
+        state[name] = value.state_dict() if callable(getattr(value, "state_dict", None)) else value
+    atomic_write(path, lambda temporary: torch.save(state, temporary))
+    return None
+
+
+def init_tokenizer(path: str | Path):
+    """The tokenizer in a folder; a path that is missing is an error, never taken for the name of a hub repository."""
+    from transformers import AutoTokenizer
+
+    from trainer.arguments import input_path
+
+    return AutoTokenizer.from_pretrained(str(input_path(path)), trust_remote_code=False)
+
+
+def init_model(
+    lm_config,
+    from_weight: str = "pretrain",
+    tokenizer_path: str | Path = ROOT / "model",
+    save_dir: str | Path = ROOT / "out",
+    device: str = "cpu",
+):
+    """(model in train mode on the device, tokenizer): with the weights of that name, or fresh ones for "none"."""
+    from model.model_minimind import MiniMindForCausalLM
+    from model.weights import config_dict
+
+    tokenizer = init_tokenizer(tokenizer_path)
+    if from_weight == "none":
+        if len(tokenizer) > lm_config.vocab_size:
+            lm_config.vocab_size = len(tokenizer)
+        model = MiniMindForCausalLM(lm_config)
+    else:
+        path = find_weights(save_dir, from_weight, lm_config.hidden_size, lm_config.use_moe)
+        model = load_model(path, config_dict(lm_config), tokenizer, say=lambda text: None)
+        Logger(f"weights: {path}")
+    total, active = count_parameters(model)
+    Logger(
+        f"model: {total / 1e6:.2f}M parameters" + (f", {active / 1e6:.2f}M of them active" if active < total else "")
+    )
+    return model.to(device).train(), tokenizer
+
+
+def count_parameters(model) -> tuple[int, int]:
+    """(all, those that one token passes through): they differ for a mixture of experts."""
+    config, total = model.config, sum(p.numel() for p in model.parameters())
+    if not config.use_moe:
+        return total, total
+    expert = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts.0." in name)
+    return total, total - expert * (config.n_routed_experts - config.num_experts_per_tok)
+
+
+def init_environment(args) -> None:
+    """Join the processes, choose device and precision (written back into args), seed."""
+    args.chosen = [name for name in ("device", "dtype") if getattr(args, name) == "auto"]
+    args.device = choose_device(args.device)
+    local_rank = init_distributed_mode(args.device)
+    if args.device.startswith("cuda") and dist.is_initialized():
+        args.device = f"cuda:{local_rank}"
+    args.dtype = choose_dtype(args.dtype, args.device)
+    if args.device.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = True
+    setup_seed(args.seed)
+    Logger(f"device {args.device}, {args.dtype}, {get_world_size()} process(es), {torch.get_num_threads()} CPU threads")
