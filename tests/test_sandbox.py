@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
 
+from conftest import ROOT, run_script
 from model import sandbox
 from model.sandbox import active_guards, extract_code, run_python
 
