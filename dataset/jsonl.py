@@ -50,7 +50,7 @@ class RowReader:
 
     Attributes:
         rows: good rows so far. skipped: Counter of bad rows by kind. skipped_lines: the first few of their lines.
-        size: bytes of the file on disk, 0 where that is not known. position: bytes of it that were read so far.
+        size: bytes on disk of a file that is read as text, else 0. position: bytes of it that were read so far.
     """
 
     def __init__(self, path: str | Path, on_bad_row: str = "raise", validate: Callable[[dict], None] | None = None):
@@ -84,12 +84,13 @@ class RowReader:
         path = Path(self.path)
         if not path.exists() and is_hub_name(self.path):
             return _hub_rows(self.path)
-        self.size = check_file(path)
+        size = check_file(path)
         if path.suffix.lower() in TABLE_SUFFIXES:
             return _table_rows(path)
         if not path.name.lower().endswith(TEXT_SUFFIXES):
             known = " ".join(TEXT_SUFFIXES + TABLE_SUFFIXES)
             raise ValueError(f"{path} is of an unknown kind: rename or convert it to one of {known}")
+        self.size = size
         if ".json" in path.suffixes and _first_character(path) == b"[":
             return self._list_elements(path)
         return self._lines(path)
