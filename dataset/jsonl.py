@@ -287,7 +287,7 @@ class _ListStream:
                     break
             except (ValueError, RecursionError) as error:
                 if self.ended or not self._may_go_on(error):
-                    self._fail(str(error))
+                    self._fail(error.msg if isinstance(error, json.JSONDecodeError) else str(error))
             self._more()
         self.line += self.text.count("\n", self.at, end)
         self.at = end

@@ -1,6 +1,7 @@
 """Reading rows: every format gives the same rows, and every bad file or row is reported with place, reason, remedy."""
 
 import gzip
+import io
 import json
 import os
 import pickle
@@ -267,13 +268,23 @@ def test_wrong_encoding_in_a_list(tmp_path):
         list(read_rows(path))
 
 
-def test_bad_elements_of_a_list(tmp_path):
+@pytest.mark.parametrize("chunk", [1, 19, 1 << 20])  # 19: between the two digits of 12
+def test_bad_elements_of_a_list(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", chunk)
     path = write(tmp_path / "a.json", b'[{"text": "a"},\n 12,\n null, {"text": ""},\n{"text": "b"}]')
     with pytest.raises(BadRow, match="a.json:2: not an object: found a number"):
         list(read_rows(path))
     rows = read_rows(path, "skip", check_pretrain)
     assert list(rows) == [(1, {"text": "a"}), (4, {"text": "b"})]
     assert rows.skipped == {"not an object": 2, "empty content": 1}
+
+
+def test_a_broken_element_is_reported_without_reading_the_whole_list(monkeypatch):
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", 100)
+    file = io.BytesIO(b'[{"text" "a"},' + b'{"text": "b"},' * 1000 + b"{}]")
+    with pytest.raises(BadRow, match="a.json:1: broken JSON: Expecting ':' delimiter"):
+        list(jsonl._ListStream(file, "a.json").elements())
+    assert file.tell() == 100
 
 
 USER = turn("user", "hi")
@@ -431,6 +442,19 @@ def test_formats_of_conversations(row, messages):
 def test_pretrain_text_may_be_called_content():
     check_pretrain({"content": "a", "id": 3})
     assert jsonl.pretrain_text({"content": "a"}) == "a"
+
+
+def test_the_examples_of_the_data_page_are_good_rows():
+    """Every JSON row that dataset.md shows passes the check of its format."""
+    text = (Path(jsonl.__file__).parent / "dataset.md").read_text(encoding="utf-8")
+    decoder, shown = json.JSONDecoder(), {check_pretrain: 0, check_conversation: 0}
+    for match in re.finditer(r"^    (?=\{)", text, flags=re.MULTILINE):
+        row, _ = decoder.raw_decode(text, match.end())
+        if "role" not in row:  # else a message in a row that is broken into lines
+            check = check_pretrain if "text" in row else check_conversation
+            check(row)
+            shown[check] += 1
+    assert shown == {check_pretrain: 2, check_conversation: 5}
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
