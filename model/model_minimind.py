@@ -6,7 +6,8 @@ transformers 4.51 to 5.x; this file imports nothing but torch and transformers, 
     from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
     model = MiniMindForCausalLM(MiniMindConfig(hidden_size=512, num_hidden_layers=8))
 
-Sizes in the comments: B rows, T tokens, H hidden size, N heads, K key/value heads, D head size, V vocabulary, E experts.
+Sizes in the comments: B rows, T tokens, H hidden size, N heads, K key/value heads, D head size, V vocabulary,
+E experts.
 """
 
 from __future__ import annotations
@@ -165,10 +166,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         """hidden [S, H], weight [V, H], targets [S] int64 with -100 for "no loss here" -> scalar fp32, in nats."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         loss_sum = torch.zeros((), device=hidden.device, dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         with torch.autocast(device, enabled=False):
             w = weight.to(dtype)
             for start in range(0, len(hidden), LinearCrossEntropy.CHUNK):
@@ -178,11 +178,14 @@ class LinearCrossEntropy(torch.autograd.Function):
                 target = target.clamp(min=0)[:, None]
                 logps = torch.log_softmax(h @ w.T, dim=-1, dtype=torch.promote_types(dtype, torch.float32))  # [C, V]
                 loss_sum -= (logps.gather(1, target) * valid).sum()
-                if wanted:  # d loss / d logits = softmax - one-hot
-                    grad = logps.exp_()
-                    grad.scatter_add_(1, target, torch.full_like(grad[:, :1], -1.0))
-                    grad = grad.mul_(valid).to(dtype)
+                if grad_hidden is None and grad_weight is None:
+                    continue
+                grad = logps.exp_()  # d loss / d logits = softmax - one-hot
+                grad.scatter_add_(1, target, torch.full_like(grad[:, :1], -1.0))
+                grad = grad.mul_(valid).to(dtype)
+                if grad_hidden is not None:
                     grad_hidden[part] = grad @ w
+                if grad_weight is not None:  # (a LoRA run freezes it)
                     grad_weight += grad.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
@@ -191,8 +194,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        scaled_hidden = grad_hidden * grad_output.to(grad_hidden.dtype)
-        return scaled_hidden, (grad_weight * grad_output).to(ctx.weight_dtype), None
+        if grad_hidden is not None:  # by way of fp32: a gradient scaler's 65536 alone is infinite in fp16
+            grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -462,6 +468,12 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
+
     def forward(
         self,
         input_ids=None,
@@ -473,7 +485,6 @@ class MiniMindModel(MiniMindPreTrainedModel):
         use_cache=None,
         output_hidden_states=None,
         token_weights=None,
-        cache_position=None,
         **kwargs,
     ) -> MiniMindOutput:
         """Arguments as in MiniMindForCausalLM.forward; the output's `hidden_states[-1]` is the normed last layer."""
@@ -483,8 +494,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         past_len = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if cache_position is None:
-            cache_position = torch.arange(T, device=x.device) + past_len
+        cache_position = torch.arange(T, device=x.device) + past_len
         if position_ids is None:
             position_ids = cache_position[None]
         key_len = self._key_length(past_key_values, past_len, T)
@@ -542,6 +552,13 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    # by these four methods the early transformers 4 find the two layers whose weights they tie and resize
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -555,7 +572,6 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
         return_logits: bool = True,
-        cache_position: torch.LongTensor | None = None,
         **kwargs,
     ) -> MiniMindOutput:
         """Next-token logits, and with labels the loss.
@@ -579,18 +595,25 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             use_cache=use_cache and not (self.training and self.model.gradient_checkpointing),
             output_hidden_states=output_hidden_states,
             token_weights=None if labels is None else F.pad(labels[:, 1:] != -100, (0, 1)),
-            cache_position=cache_position,
         )
         hidden = output.hidden_states[-1]
-        if not output_hidden_states:
-            output.hidden_states = None
+        loss = loss_sum = tokens = logits = None
         if labels is not None:
-            output.loss_sum, output.tokens = self.loss(hidden, labels)
-            output.loss = output.loss_sum / output.tokens.clamp(min=1) + output.aux_loss
+            loss_sum, tokens = self.loss(hidden, labels)
+            loss = loss_sum / tokens.clamp(min=1) + output.aux_loss
         if return_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            output.logits = self.lm_head(hidden[:, keep] if not isinstance(keep, slice) or logits_to_keep else hidden)
-        return output
+            logits = self.lm_head(hidden[:, keep] if not isinstance(keep, slice) or logits_to_keep else hidden)
+        # built anew: fields set later would stand behind the others, and callers take output[0] for the loss
+        return MiniMindOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states if output_hidden_states else None,
+            loss_sum=loss_sum,
+            tokens=tokens,
+            aux_loss=output.aux_loss,
+        )
 
     def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed cross-entropy in fp32 and its number of tokens; hidden [B, T, H], labels [B, T]."""
@@ -599,4 +622,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         tokens = valid.sum()
         if hidden.device.type == "cpu":  # elsewhere the number of labels would have to be waited for
             hidden, targets = hidden[valid], targets[valid]
-        return LinearCrossEntropy.apply(hidden, self.lm_head.weight, targets), tokens
+        weight = self.lm_head.weight
+        if not torch.is_grad_enabled():  # which the function cannot see: it would work out gradients for nothing
+            hidden, weight = hidden.detach(), weight.detach()
+        return LinearCrossEntropy.apply(hidden, weight, targets), tokens
