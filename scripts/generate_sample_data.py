@@ -17,13 +17,13 @@ from random import Random
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.sample_data import chat, code, lore, nature, numbers, tales, world
+from scripts.sample_data import chat, code, lore, nature, numbers, tales, topics, world
 from scripts.sample_data.writing import tidy
 
 PRETRAIN_BYTES = {"zh": 1_800_000, "en": 1_020_000}
 VAL_EVERY = 34  # every 34th pretraining row is held back: about 80 KB
 MAX_BYTES = 3_900_000
-MODULES = (world, nature, lore, numbers, tales, code)
+MODULES = (world, nature, lore, topics, numbers, tales, code)
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,21 +38,20 @@ def pretrain_texts(seed: int, lang: str) -> list[str]:
     kinds = [kind for module in MODULES for kind in module.KINDS]
     whole = sum(kind[3] for kind in kinds)
     seen: dict[str, None] = {}
-    for name, write, topics, share in kinds:
+    for name, write, subjects, share in kinds:
         rng = Random(f"{seed} {name} {lang}")
-        topics = list(topics[lang] if isinstance(topics, dict) else topics)
-        wanted = PRETRAIN_BYTES[lang] * share / whole
-        fill(rng, lang, write, topics, wanted, seen)
+        subjects = list(subjects[lang] if isinstance(subjects, dict) else subjects)
+        fill(rng, lang, write, subjects, PRETRAIN_BYTES[lang] * share / whole, seen)
     return list(seen)
 
 
-def fill(rng: Random, lang: str, write, topics: list, wanted: float, seen: dict[str, None]) -> None:
-    """Add texts until they have `wanted` bytes: all topics in turn, in a new order each round, no repeats."""
+def fill(rng: Random, lang: str, write, subjects: list, wanted: float, seen: dict[str, None]) -> None:
+    """Add texts until they have `wanted` bytes: all subjects in turn, in a new order each round, no repeats."""
     size = misses = 0
     while size < wanted and misses < 3:
         before = size
-        for topic in rng.sample(topics, len(topics)):
-            text = tidy(write(rng, lang, topic))
+        for subject in rng.sample(subjects, len(subjects)):
+            text = tidy(write(rng, lang, subject))
             if text not in seen and size < wanted:
                 seen[text] = None
                 size += len(json.dumps({"text": text}, ensure_ascii=False).encode()) + 1

@@ -107,10 +107,11 @@ def words(rng: Random, lang: str) -> list[tuple[str, str]]:
             ask = "[“{zh}”用英语怎么说？|{zh}的英文是什么？|把“{zh}”翻译成英文。]"
             pairs.append((spin(rng, ask, **row), spin(rng, "“{zh}”的英文是{en}。", **row)))
         else:
-            ask = (
-                '[What does the Chinese word "{zh}" mean?|What is "{en}" in Chinese?|How do you say "{en}" in Chinese?]'
+            pairs.append(
+                (spin(rng, 'What does the Chinese word "{zh}" mean?', **row), spin(rng, '"{zh}" means "{en}".', **row))
             )
-            pairs.append((spin(rng, ask, **row), spin(rng, '"{zh}" means "{en}" in English.', **row)))
+            ask = '[What is "{en}" in Chinese?|How do you say "{en}" in Chinese?]'
+            pairs.append((spin(rng, ask, **row), spin(rng, 'The Chinese word for "{en}" is "{zh}".', **row)))
     for row in TEXT["sentences"]:
         ask = (
             "[把这句话翻译成英文：{zh}|请翻译成英语：{zh}]"

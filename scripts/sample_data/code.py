@@ -43,7 +43,8 @@ ENTRIES = [parse(text) for text in (Path(__file__).parent / "code.txt").read_tex
 
 def program(rng: Random, lang: str, entry: dict) -> str:
     """The program of an entry with drawn names and example, half of the time with a docstring."""
-    values = {key: rng.choice(entry[key]) for key in ("name", "x", "y")}
+    pair = rng.randrange(len(entry["x"]))  # both variables from the same place: first and second, not first and n
+    values = {"name": rng.choice(entry["name"]), "x": entry["x"][pair], "y": entry["y"][pair % len(entry["y"])]}
     doc = f'"""{capital(entry[lang])}{"。" if lang == "zh" else "."}"""'
     lines = entry["code"].splitlines()
     if rng.random() < 0.5 and "class" not in lines[0]:

@@ -30,8 +30,8 @@ def why(rng: Random, lang: str, row: dict) -> str:
 
 
 def whys(rng: Random, lang: str, row: dict) -> str:
-    """Three to seven questions with their answers: the long rows."""
-    rows = [row, *some(rng, [other for other in TEXT["why"] if other != row], 2, 6)]
+    """Three to ten questions with their answers: long rows."""
+    rows = [row, *some(rng, [other for other in TEXT["why"] if other != row], 2, 9)]
     head = {
         "zh": [("问：", "答："), ("", ""), ("学生：", "老师：")],
         "en": [("Q: ", "A: "), ("", ""), ("Student: ", "Teacher: ")],

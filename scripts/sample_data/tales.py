@@ -43,9 +43,9 @@ def short_story(rng: Random, lang: str, episode: int) -> str:
 
 
 def long_story(rng: Random, lang: str, episode: int) -> str:
-    """A story with two to five episodes, up to about three thousand characters."""
+    """A story with two to nine episodes, up to about three thousand characters."""
     others = [number for number in range(len(TEXT[f"episode.{lang}"])) if number != episode]
-    return story(rng, lang, [episode, *rng.sample(others, rng.choice([1, 1, 2, 3, 4]))])
+    return story(rng, lang, [episode, *rng.sample(others, rng.choice([1, 1, 1, 2, 2, 3, 4, 8]))])
 
 
 def dialogue(rng: Random, lang: str, pattern: str) -> str:
