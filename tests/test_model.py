@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from conftest import ROOT
 from model.model_minimind import (
     LinearCrossEntropy,
     MiniMindConfig,
@@ -389,6 +389,9 @@ def test_attention_bias_worked_by_hand():
     # documents 1 1 2 and padding 0, which sees itself
     bias = attention_bias(None, torch.tensor([[1, 1, 2, 0]]), 4, 0, 4, device)
     assert bias[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    # a row of padding only: each place sees itself
+    bias = attention_bias(torch.zeros(1, 3), None, 3, 0, 3, device)
+    assert bias[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     # a static cache of five places, one filled: the empty ones stay hidden
     bias = attention_bias(None, None, 2, torch.tensor(1), 5, device)
     assert bias[0, 0].int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
@@ -610,9 +613,11 @@ def test_training_mode_gives_the_same_output(kind):
 
 
 def balance(model, scores, chosen, weights):
-    return model.model.layers[0].mlp.balance_loss(
-        torch.tensor(scores), torch.tensor(chosen)[:, None], torch.tensor(weights)
-    ).item()
+    return (
+        model.model.layers[0]
+        .mlp.balance_loss(torch.tensor(scores), torch.tensor(chosen)[:, None], torch.tensor(weights))
+        .item()
+    )
 
 
 def test_balance_loss_worked_by_hand():
@@ -687,9 +692,7 @@ def test_no_step_waits_for_the_device(monkeypatch, grad):
             assert output.loss.device.type == "meta" and output.logits.shape == (2, 9, V)
             output.loss.backward()
         with pytest.raises(NotImplementedError):  # what the CPU may do
-            model.model.layers[0].mlp.dispatch(
-                torch.ones(3, 64), torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.long)
-            )
+            model.model.layers[0].mlp.dispatch(torch.ones(3, 64), torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.long))
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
