@@ -603,7 +603,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             loss = loss_sum / tokens.clamp(min=1) + output.aux_loss
         if return_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep] if not isinstance(keep, slice) or logits_to_keep else hidden)
+            logits = self.lm_head(hidden[:, keep])
         # built anew: fields set later would stand behind the others, and callers take output[0] for the loss
         return MiniMindOutput(
             loss=loss,

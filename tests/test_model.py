@@ -110,6 +110,19 @@ def test_default_is_the_small_preset_and_all_presets_are_tested():
     assert 3e6 < count < 6e6
 
 
+def test_defaults_of_both_generations():
+    """What no parameter count shows."""
+    default = MiniMindConfig()
+    assert (default.rms_norm_eps, default.rope_theta, default.vocab_size) == (1e-5, 1e6, 6400)
+    assert (default.pad_token_id, default.bos_token_id, default.eos_token_id) == (0, 1, 2)
+    assert (default.num_attention_heads, default.num_key_value_heads, default.head_dim) == (8, 2, 64)
+    assert (default.num_experts_per_tok, default.norm_topk_prob, default.aux_loss_alpha) == (2, True, 0.01)
+    assert not MiniMindConfig(num_experts_per_tok=1).norm_topk_prob  # v2 never scales a lone weight
+    v3 = MiniMindConfig(**PRESETS["minimind3_moe"])
+    assert (v3.rms_norm_eps, v3.num_key_value_heads, v3.head_dim, v3.qk_norm) == (1e-6, 4, 96, True)
+    assert (v3.num_experts_per_tok, v3.norm_topk_prob, v3.aux_loss_alpha, v3.seq_aux) == (1, True, 5e-4, False)
+
+
 def test_config_refuses_sizes_that_do_not_divide():
     with pytest.raises(ValueError, match="65.*8.*head_dim"):
         MiniMindConfig(hidden_size=65)
@@ -600,6 +613,13 @@ def test_gradient_of_a_lone_weight_is_that_of_its_logarithm(grad):
     )
     (actual,) = torch.autograd.grad(direction @ out[0, 0], moe.gate.weight)
     assert_close(actual, expected)
+
+
+def test_router_stays_fp32_under_autocast():
+    router, x = tiny("v2-moe").model.layers[0].mlp.gate, torch.randn(50, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = router(x.bfloat16())
+    assert_close(scores, (x.bfloat16().float() @ router.weight.T).softmax(-1), 1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

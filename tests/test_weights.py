@@ -166,6 +166,7 @@ def test_half_precision_halves_the_file_and_is_raised_again(dtype, tmp_path):
     assert half.stat().st_size < 0.55 * full.stat().st_size
     loaded = load_model(half)
     assert loaded.dtype == torch.float32 and read_sidecar(half)["dtype"] == dtype
+    assert {tensor.dtype for tensor in read_state_dict(half).values()} == {torch.float32}
     model.to(getattr(torch, dtype)).float()
     assert same(loaded, model)
 
