@@ -206,29 +206,29 @@ def seen_asks() -> list[tuple[Ask, str]]:
 
 
 def unseen_asks() -> list[tuple[Ask, str]]:
-    """Five questions that no training row holds: three combinations of constants and two wordings, with checks."""
-    multiples, linear, clamp, is_prime, factorial = (
+    """Five questions that no training row holds: two combinations of parameters and three wordings, with checks."""
+    powers, longest, is_prime, factorial, vowels = (
         next(task for task in TASKS if task.key == key)
-        for key in ("multiples", "linear", "clamp", "is_prime", "factorial")
+        for key in ("power_parity", "longest_case", "is_prime", "factorial", "count_vowels")
     )
     primes = "[n for n in range(30) if is_prime(n)] == [2, 3, 5, 7, 11, 13, 17, 19, 23, 29]"
     return [
         (
-            _eval_ask("multiples", "zh", 1, 0, params=multiples.held_out),
-            "assert multiples() == [7, 14, 21, 28, 35, 42, 49]",
+            _eval_ask("power_parity", "zh", 1, 0, params=powers.held_out),
+            "assert power_list(10) == [8, 64, 216, 512, 1000]\nassert power_list(1) == []",
         ),
         (
-            _eval_ask("linear", "en", 0, 0, params=linear.held_out),
-            "assert linear(4) == 17\nassert linear(0) == 5 and linear(-1) == 2",
-        ),
-        (
-            _eval_ask("clamp", "en", 0, 0, params=clamp.held_out),
-            "assert [clamp(x) for x in (-5, 2, 6, 9, 30)] == [2, 2, 6, 9, 9]",
+            _eval_ask("longest_case", "en", 0, 0, params=longest.held_out),
+            "assert pick_case(['One', 'three', 'to']) == 'THREE'",
         ),
         (_eval_ask("is_prime", "zh", 1, is_prime.held_out_zh), f"assert {primes}"),
         (
             _eval_ask("factorial", "en", 0, factorial.held_out_en),
             "assert factorial(5) == 120\nassert factorial(1) == 1 and factorial(0) == 1",
+        ),
+        (
+            _eval_ask("count_vowels", "en", 0, vowels.held_out_en),
+            "assert count_vowels('HellO') == 2\nassert count_vowels('xyz') == 0",
         ),
     ]
 
