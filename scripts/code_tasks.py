@@ -56,18 +56,31 @@ KEEP = (
     {"op": "<=", "zh": "不大于", "en": "at most"},
 )
 PARITY = ({"bit": 0, "zh": "偶数", "en": "even"}, {"bit": 1, "zh": "奇数", "en": "odd"})
-# the same under names of their own, for families that combine them with another parameter
-PARITY_TOO = ({"bit": 0, "zh_kind": "偶数", "en_kind": "even"}, {"bit": 1, "zh_kind": "奇数", "en_kind": "odd"})
+KINDS = (
+    {"test": "i % 2 == 0", "zh_kind": "偶数", "en_kind": "even numbers"},
+    {"test": "i % 2 == 1", "zh_kind": "奇数", "en_kind": "odd numbers"},
+    {"test": "i % 3 == 0", "zh_kind": "3的倍数", "en_kind": "multiples of 3"},
+    {"test": "i % 5 == 0", "zh_kind": "5的倍数", "en_kind": "multiples of 5"},
+)
 EXTREME = ({"op": ">", "zh": "最大", "en": "largest"}, {"op": "<", "zh": "最小", "en": "smallest"})
 POWERS = (
     {"k": 2, "zh": "平方", "en": "squares"},
     {"k": 3, "zh": "立方", "en": "cubes"},
     {"k": 4, "zh": "四次方", "en": "fourth powers"},
+    {"k": 5, "zh": "五次方", "en": "fifth powers"},
 )
 LENGTH = ({"op": "max", "zh": "最长", "en": "longest"}, {"op": "min", "zh": "最短", "en": "shortest"})
-LENGTH_TOO = (
-    {"pick": "max", "zh_pick": "最长", "en_pick": "longest"},
-    {"pick": "min", "zh_pick": "最短", "en_pick": "shortest"},
+PICKS = (
+    {"pick": "max(words, key=len)", "zh_pick": "最长", "en_pick": "longest"},
+    {"pick": "min(words, key=len)", "zh_pick": "最短", "en_pick": "shortest"},
+    {"pick": "words[0]", "zh_pick": "第一个", "en_pick": "first"},
+    {"pick": "words[-1]", "zh_pick": "最后一个", "en_pick": "last"},
+)
+FORMS = (
+    {"form": ".upper()", "zh": "大写", "en": "upper case"},
+    {"form": ".lower()", "zh": "小写", "en": "lower case"},
+    {"form": ".title()", "zh": "首字母大写", "en": "title case"},
+    {"form": "[::-1]", "zh": "倒序", "en": "reverse order"},
 )
 ORDER = ({"flag": "False", "zh": "升序", "en": "ascending"}, {"flag": "True", "zh": "降序", "en": "descending"})
 CASE = (
@@ -154,6 +167,7 @@ NUMBER_TASKS = (
         ("12, 18",),
         "n, n",
         weight=3,
+        held_out_en="computes the greatest common divisor of the integers a and b",
     ),
     Task(
         "lcm",
@@ -306,20 +320,20 @@ NUMBER_TASKS = (
         params={"a": (1, 2, 3, 4, 5, 10), "b": TENS},
     ),
     Task(
-        "power_parity",
+        "power_kind",
         "power_list pick_powers",
         "n",
         ("返回1到n中所有${zh_kind}的${zh}组成的列表", "列出1到n之间每个${zh_kind}的$zh"),
         (
-            "returns a list of the $en of the $en_kind numbers from 1 to n",
-            "lists the $en of all $en_kind numbers up to n",
+            "returns a list of the $en of the $en_kind from 1 to n",
+            "lists the $en of all $en_kind up to n",
         ),
-        "return [i ** $k for i in range(1, n + 1) if i % 2 == $bit]",
+        "return [i ** $k for i in range(1, n + 1) if $test]",
         ("10",),
         "n",
-        {"power": POWERS, "parity": PARITY_TOO},
+        {"power": POWERS, "kind": KINDS},
         weight=3,
-        held_out={"power": POWERS[1], "parity": PARITY_TOO[0]},
+        held_out={"power": POWERS[1], "kind": KINDS[0]},
     ),
     Task(
         "sum_parity",
@@ -967,17 +981,16 @@ TEXT_TASKS = (
         {"length": LENGTH},
     ),
     Task(
-        "longest_case",
+        "pick_form",
         "pick_case shout_word",
         "words",
         ("返回列表words中${zh_pick}的单词，并转换成$zh", "找出words里${zh_pick}的字符串，返回它的${zh}形式"),
         ("returns the $en_pick word in the list words in $en", "finds the $en_pick string in words and puts it in $en"),
-        "return $pick(words, key=len).$op()",
+        "return $pick$form",
         ('["One", "three", "to"]',),
         "words",
-        {"length": LENGTH_TOO, "case": CASE},
+        {"pick": PICKS, "form": FORMS},
         weight=3,
-        held_out={"length": LENGTH_TOO[0], "case": CASE[0]},
     ),
     Task(
         "acronym",

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, run_script
 from model.sandbox import extract_code, run_python
 from scripts import generate_code_sft as generator
-from scripts.code_tasks import CASE, LENGTH_TOO, PARITY_TOO, POWERS, TASKS
+from scripts.code_tasks import FORMS, KINDS, PICKS, POWERS, TASKS
 
 SCRIPT = ROOT / "scripts" / "generate_code_sft.py"
 EVAL_FILE = ROOT / "dataset" / "sample" / "code_eval.jsonl"
@@ -171,8 +171,8 @@ def test_functions_of_all_families_give_the_right_results():
         "fib": ({}, "f(0), f(1), f(10), f(20)", (0, 1, 55, 6765)),
         "factorial": ({}, "f(0), f(5)", (1, 120)),
         "gcd": ({}, "f(12, 18), f(7, 5)", (6, 1)),
-        "power_parity": ({"power": POWERS[2], "parity": PARITY_TOO[1]}, "f(4)", ([1, 81],)),
-        "longest_case": ({"length": LENGTH_TOO[1], "case": CASE[1]}, "f(['One', 'To'])", ("to",)),
+        "power_kind": ({"power": POWERS[2], "kind": KINDS[1]}, "f(4)", ([1, 81],)),
+        "pick_form": ({"pick": PICKS[3], "form": FORMS[3]}, "f(['One', 'To'])", ("oT",)),
         "lcm": ({}, "f(4, 6)", (12,)),
         "is_prime": ({}, "f(1), f(2), f(9), f(13)", (False, True, False, True)),
         "primes": ({"limit": 20}, "f()", ([2, 3, 5, 7, 11, 13, 17, 19],)),
@@ -268,8 +268,7 @@ WRONG = {
     "gcd": "def gcd(a, b):\n    return min(a, b)",
     "reverse_string": "def reverse_string(s):\n    return s",
     "sum_digits": "def sum_digits(n):\n    return len(str(n))",
-    "power_parity": "def power_list(n):\n    return [i ** 3 for i in range(1, n + 1) if i % 2 == 1]",
-    "longest_case": "def pick_case(words):\n    return max(words, key=len).lower()",
+    "power_kind": "def power_list(n):\n    return [i ** 3 for i in range(1, n + 1) if i % 2 == 1]",
     "count_vowels": "def count_vowels(s):\n    return sum(1 for c in s if c in 'aeiou')",
     "is_prime": "def is_prime(n):\n    return n % 2 == 1",
     "factorial": "def factorial(n):\n    result = 1\n    for i in range(2, n):\n        result *= i\n    return result",
