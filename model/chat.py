@@ -20,7 +20,7 @@ import datetime
 import json
 import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -77,11 +77,11 @@ def render(
     Raises:
         ValueError: a malformed message, or what the template itself refuses; says which and why.
     """
-    rendering = _tokenizer_parts(tokenizer)
+    parts = _tokenizer_parts(tokenizer)
     template, marked = _compile(tokenizer.get_chat_template(tools=tools))
     messages, tools = _normalise(messages, tools)
     split_mark, start_mark, end_mark = _unused_characters(messages, tools, template_kwargs)
-    neutral = _Neutraliser(rendering, split_mark)
+    neutral = _Neutraliser(parts, split_mark)
     try:
         text = template.render(
             **tokenizer.special_tokens_map,
@@ -95,7 +95,7 @@ def render(
         )
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses this conversation: {error}") from error
-    input_ids, mask = rendering.encode_marked(text, split_mark, start_mark, end_mark)
+    input_ids, mask = parts.encode_marked(text, split_mark, start_mark, end_mark)
     return Rendered(input_ids, mask if marked else None)
 
 
@@ -140,12 +140,16 @@ class _TokenizerParts:
         self.size = len(tokenizer)
         self.plain = self._without_control_tokens(tokenizer.backend_tokenizer)
         reply_tags = [token.content for token in added.values() if not token.special]
+        # headers come again and again: "user\n" is looked up, not tokenized each time
+        self.encode_short = lru_cache(maxsize=4096)(partial(_encode, self.plain))
         self.any_control = _alternatives(self.ids)
         self.not_in_replies = _alternatives(set(self.ids) - (set(reply_tags) - TOOL_RESULT_TAGS))
 
     def _without_control_tokens(self, backend: Tokenizer) -> Tokenizer:
         data = json.loads(backend.to_str())
         data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in self.ids]
+        for token in data["added_tokens"]:  # an added token is renumbered on loading, unless the vocabulary has it
+            data["model"]["vocab"][token["content"]] = token["id"]
         data["post_processor"] = data["truncation"] = data["padding"] = None
         return Tokenizer.from_str(json.dumps(data))
 
@@ -161,11 +165,16 @@ class _TokenizerParts:
             elif piece == end_mark:
                 in_reply = 0
             elif piece:
-                control_id = self.ids.get(piece)
-                ids = [control_id] if control_id is not None else _encode(self.plain, piece.replace(split_mark, ""))
+                ids = self.encode_piece(piece, split_mark)
                 input_ids += ids
                 mask += [in_reply] * len(ids)
         return input_ids, mask
+
+    def encode_piece(self, piece: str, split_mark: str) -> list[int]:
+        if piece in self.ids:
+            return [self.ids[piece]]
+        text = piece.replace(split_mark, "")
+        return self.encode_short(text) if len(text) < 16 else _encode(self.plain, text)
 
 
 _PARTS: WeakKeyDictionary[Any, _TokenizerParts] = WeakKeyDictionary()
@@ -210,10 +219,10 @@ class _Neutraliser:
         return neutral
 
 
-def _unused_characters(*values) -> Iterator[str]:
+def _unused_characters(*values) -> list[str]:
     """Three private-use characters that occur in none of the strings."""
-    used = set().union(*(set(string) for value in values for string in _strings_in(value)))
-    unused = list(islice((chr(code) for code in PRIVATE_USE if chr(code) not in used), 3))
+    text = "".join(string for value in values for string in _strings_in(value))
+    unused = list(islice((chr(code) for code in PRIVATE_USE if chr(code) not in text), 3))
     if len(unused) < 3:
         raise ValueError("the conversation uses all private-use characters of Unicode; rendering needs three of them")
     return unused
@@ -289,7 +298,7 @@ def _parse_list(value, name: str) -> list[dict]:
 
 
 def _normalise_call(call: dict, where: str) -> dict:
-    """OpenAI's {"function": {...}} or the bare {...} -> the bare form with the arguments as an object if they are one."""
+    """OpenAI's {"function": {...}} or the bare {...} -> the bare form, its arguments as an object if they are one."""
     call = call.get("function") or call
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise ValueError(f"a tool call of {where} has no function name: {call!r:.80}")
