@@ -5,7 +5,7 @@ Training is deterministic: the same files in the same order give the same tokeni
 hash says so (--holdout) are kept out of training, and the compression is measured on them.
 
     python scripts/train_tokenizer.py --sample_only --out_dir out/my_tokenizer
-    python scripts/train_tokenizer.py --data dataset/pretrain_zh.jsonl:2 dataset/pretrain_en.jsonl --out_dir out/my_tokenizer
+    python scripts/train_tokenizer.py --data dataset/zh.jsonl:2 dataset/en.jsonl --out_dir out/my_tokenizer
 
 FILE:2 counts every document of the file twice, FILE:0.5 every second one; the held-back documents always count once.
 """
@@ -17,6 +17,7 @@ import gzip
 import json
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -33,7 +34,12 @@ from trainer.arguments import ROOT, SAMPLE_DIR, input_path, output_path
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # part of a reply, so not "special": they stay visible when special tokens are skipped in decoding
 TAGS = tuple(f"<{slash}{name}>" for name in ("think", "answer", "tool_call", "tool_response") for slash in ("", "/"))
-RESERVED = tuple(f"<|reserved_{index}|>" for index in range(16))
+RESERVED = tuple(f"<|reserved_{index}|>" for index in range(9))
+# words of every rendered turn that no row of data holds; learned once per document, so they become single tokens
+HEADERS = "system\nuser\nassistant\n"
+FENCED = re.compile(r"```.*?```", re.DOTALL)
+CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
+LATIN_WORD = re.compile("[A-Za-z]+")
 CONTROL = SPECIAL + TAGS + RESERVED
 MIN_VOCAB = 256 + len(CONTROL)
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -70,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="replace a tokenizer that is in --out_dir")
     parser.add_argument("--vocab_size", type=int, default=6400)
     parser.add_argument("--min_frequency", type=int, default=2, help="a pair seen less often is not merged")
-    parser.add_argument("--max_token_length", type=int, default=16, help="in bytes; a Chinese character has three")
+    parser.add_argument("--max_token_length", type=int, default=24, help="in bytes; a Chinese character has three")
     parser.add_argument("--holdout", type=float, default=0.05, help="share of documents to measure on, not to train on")
     parser.add_argument(
         "--template", default=str(ROOT / "model" / "chat_template.jinja"), help="chat template to put in"
@@ -87,14 +93,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def parse_source(text: str) -> Source:
     """Read FILE or FILE:WEIGHT; a colon that no number follows belongs to the path (C:\\data.jsonl)."""
-    path, colon, weight = text.rpartition(":")
+    path, _, weight = text.rpartition(":")
     try:
-        source = Source(input_path(path), float(weight)) if colon else Source(input_path(text), 1.0)
+        source = Source(Path(path), float(weight)) if path else Source(Path(text), 1.0)
     except ValueError:
-        source = Source(input_path(text), 1.0)
+        source = Source(Path(text), 1.0)
     if not 0 < source.weight < 1000:
         raise ValueError(f"the weight of {text} is {source.weight}: give a number above 0, such as 2 or 0.5")
-    return source
+    return source._replace(path=input_path(source.path))
+
+
+def sample_files() -> list[str]:
+    """The training files of the sample data; what models are judged on stays unseen here as well."""
+    paths = sorted(p for p in SAMPLE_DIR.glob("*.jsonl") if not p.stem.endswith(("_val", "_eval")))
+    if not paths:
+        raise FileNotFoundError(f"no sample data in {SAMPLE_DIR}: run scripts/generate_sample_data.py first")
+    return [str(path) for path in paths]
 
 
 def read_documents(path: Path) -> Iterator[str]:
@@ -112,18 +126,17 @@ def read_documents(path: Path) -> Iterator[str]:
             try:
                 text = line.rstrip("\n") if plain else row_text(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}:{number}: not a row with text, conversations or prompt: {error!r}") from error
+                raise ValueError(
+                    f"{path}:{number}: no row of text, conversations or input/output: {error!r}"
+                ) from error
             if text:
                 yield text
 
 
 def row_text(row: dict) -> str:
-    """The text of a row of any format of this repository, as one document."""
-    if "text" in row:
-        return row["text"]
+    """The text of a row of pretraining, chat or input/output data, as one document."""
     if "conversations" not in row:
-        keys = [key for key in ("system", "prompt", "input", "output") if row.get(key)]
-        return "\n".join(row[key] for key in keys) if keys else row["text"]
+        return row["text"] if "text" in row else f"{row['input']}\n{row['output']}"
     parts = []
     for message in row["conversations"]:
         for key in ("content", "reasoning_content", "tools", "tool_calls"):
@@ -143,16 +156,16 @@ def is_held_back(text: str, share: float) -> bool:
 
 
 def training_texts(sources: list[Source], holdout: float) -> Iterator[str]:
-    """Yield the documents that are not held back, each as often as its file's weight says."""
+    """Yield the documents that are not held back, each as often as its file's weight says, and turn headers."""
     for source in sources:
         whole = int(source.weight)
         for text in read_documents(source.path):
             if not is_held_back(text, holdout):
                 copies = whole + (unit_hash(text, b"weight") < source.weight - whole)
-                yield from [text] * copies
+                yield from [text, HEADERS] * copies
 
 
-def train(texts: Iterator[str], vocab_size: int, min_frequency: int = 2, max_token_length: int = 16) -> Tokenizer:
+def train(texts: Iterator[str], vocab_size: int, min_frequency: int = 2, max_token_length: int = 24) -> Tokenizer:
     """Train a byte-level BPE whose first ids are CONTROL, in order.
 
     The pre-tokenizer is GPT-2's own, because GGUF knows it by name ("gpt-2") and splits the same way.
@@ -181,9 +194,14 @@ def train(texts: Iterator[str], vocab_size: int, min_frequency: int = 2, max_tok
 
 
 def language(text: str) -> str:
-    """The language that a document is counted under: zh where a fifth of its characters are Chinese, else en."""
-    chinese = sum("\u4e00" <= character <= "\u9fff" for character in text)
-    return "zh" if chinese > 0.2 * len(text) else "en"
+    """What a document is counted under: code if half of it is fenced, else zh or en.
+
+    It is Chinese if it has more Chinese characters than Latin words: comparing characters with letters would call a
+    Chinese text that names a few commands English.
+    """
+    if 2 * sum(map(len, FENCED.findall(text))) > len(text):
+        return "code"
+    return "zh" if len(CHINESE.findall(text)) > len(LATIN_WORD.findall(text)) else "en"
 
 
 def measure(tokenizer: Tokenizer, texts: list[str]) -> dict[str, float]:
@@ -249,10 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     out_dir = output_path(args.out_dir)
     refuse_to_replace(out_dir, args.force)
     template = input_path(args.template).read_text(encoding="utf-8")
-    names = sorted(SAMPLE_DIR.glob("*.jsonl")) if args.sample_only else args.data
-    if not names:
-        raise FileNotFoundError(f"no sample data in {SAMPLE_DIR}: run scripts/generate_sample_data.py first")
-    sources = [parse_source(str(name)) for name in names]
+    sources = [parse_source(name) for name in (sample_files() if args.sample_only else args.data)]
     start = time.monotonic()
     tokenizer = train(training_texts(sources, args.holdout), args.vocab_size, args.min_frequency, args.max_token_length)
     print(f"trained {tokenizer.get_vocab_size()} entries in {time.monotonic() - start:.0f} s")
@@ -266,7 +281,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}") if sys.flags.interactive else (
-            print(f"error: {error}", file=sys.stderr),
-            sys.exit(2),
-        )
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
