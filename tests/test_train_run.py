@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
-from toy_run import RandomTokens, Stop, collate, config, parse, train
 
+from conftest import ROOT
 from model.weights import read_state_dict
+from toy_run import RandomTokens, Stop, collate, config, parse, train
 from trainer.train_run import TrainRun, parameter_groups
 from trainer.trainer_utils import SkipBatchSampler, get_lr, get_lr_with_warmup, lm_checkpoint
 
@@ -78,7 +78,9 @@ def test_two_processes_equal_one(tmp_path, rows):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
     flags = ["--save_dir", tmp_path / "two/out", "--checkpoint_dir", tmp_path / "two/c", "--rows", rows]
     flags += ["--batch_size", 2, "--accumulation_steps", 2]
-    subprocess.run([*command, ROOT / "tests/toy_run.py", *map(str, flags)], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [*command, ROOT / "tests/toy_run.py", *map(str, flags)], check=True, capture_output=True, timeout=120
+    )
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 2e-5
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [m["loss"] for m in one if "lr" in m] == pytest.approx([m["loss"] for m in two if "lr" in m], abs=1e-4)
@@ -101,7 +103,9 @@ def test_resume_is_bit_identical(tmp_path, stop_after, dtype):
     toy(tmp_path / "cut", *flags, "--from_resume", 1)
     assert same_bits(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     timeless = ("seconds", "tokens_per_second", "eta_minutes")
-    strip = [[{k: v for k, v in m.items() if k not in timeless} for m in metrics(tmp_path / p)] for p in ("whole", "cut")]
+    strip = [
+        [{k: v for k, v in m.items() if k not in timeless} for m in metrics(tmp_path / p)] for p in ("whole", "cut")
+    ]
     assert strip[0] == strip[1]
 
 
@@ -198,6 +202,9 @@ def test_norms_and_embeddings_are_not_decayed():
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)].split(".")[-2] for p in kept["params"]} == {
-        "embed_tokens", "input_layernorm", "post_attention_layernorm", "norm",
+        "embed_tokens",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
     }
     assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))

@@ -1,6 +1,6 @@
 """A small training run over random tokens, in process or under torchrun: the tests compare the weights that it leaves.
 
-    python tests/toy_run.py --save_dir out --checkpoint_dir checkpoints [flags of a stage] [--stop_after N]
+python tests/toy_run.py --save_dir out --checkpoint_dir checkpoints [flags of a stage] [--stop_after N]
 """
 
 import sys
@@ -12,7 +12,7 @@ import torch
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.arguments import stage_parser
-from trainer.train_pretrain import compute_loss, train_epoch, validate
+from trainer.train_pretrain import train_epoch, validate
 from trainer.train_run import TrainRun
 from trainer.trainer_utils import init_environment
 
@@ -47,8 +47,14 @@ class Stop(Exception):
 
 def parse(argv):
     parser = stage_parser(
-        "Toy", save_weight="toy", from_weight="none", data_path="random", epochs=2, batch_size=4,
-        learning_rate=1e-2, max_seq_len=TOKENS,
+        "Toy",
+        save_weight="toy",
+        from_weight="none",
+        data_path="random",
+        epochs=2,
+        batch_size=4,
+        learning_rate=1e-2,
+        max_seq_len=TOKENS,
     )
     parser.add_argument("--rows", type=int, default=37)
     parser.add_argument("--stop_after", type=int, default=0, help="die after so many updates in all")
@@ -58,8 +64,14 @@ def parse(argv):
 
 def config(args):
     return MiniMindConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, dropout=args.dropout or 0.0,
-        use_moe=bool(args.use_moe), n_routed_experts=3, moe_intermediate_size=32,
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        dropout=args.dropout or 0.0,
+        use_moe=bool(args.use_moe),
+        n_routed_experts=3,
+        moe_intermediate_size=32,
     )
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import SFTDataset
-
 from dataset.packing import Collator
 from trainer.arguments import ROOT, data_source, friendly_errors, model_config, stage_parser
 from trainer.train_run import TrainRun
