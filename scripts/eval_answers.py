@@ -8,6 +8,7 @@ contain what the row expects. Rows that must be new to the model are looked for 
 """
 
 import argparse
+import secrets
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.jsonl import read_rows
 from model.chat import render
 from model.generation import load_for_inference, reply
-from model.sandbox import active_guards, extract_code, run_python
+from model.sandbox import SandboxResult, active_guards, extract_code, run_python
 from model.weights import write_json
 from trainer.arguments import (
     ROOT,
@@ -77,9 +78,21 @@ def judge_code(answer: str, check: str) -> dict:
     if code is None:
         return {"ran": False, "right": False, "error": "no code in the answer"}
     alone = run_python(code)
-    checked = run_python(f"{code}\n\n{check}\n")
-    error = (alone.stderr or checked.stderr).strip().splitlines()
-    return {"ran": alone.ok, "right": alone.ok and checked.ok, "error": error[-1] if error else ""}
+    if not alone.ok:
+        return {"ran": False, "right": False, "error": last_line(alone) or "ended without success"}
+    # printed last, so that code which ends the process before the check is not taken for right
+    reached = secrets.token_hex(8)
+    checked = run_python(f"{code}\n\n{check}\nprint({reached!r})\n")
+    if checked.ok and checked.stdout.rstrip().endswith(reached):
+        return {"ran": True, "right": True, "error": ""}
+    return {"ran": True, "right": False, "error": last_line(checked) or "ended before the check"}
+
+
+def last_line(result: SandboxResult) -> str:
+    """What Python says at the end of its errors, or that the time was up."""
+    if result.timed_out:
+        return f"not done after {result.seconds:.0f} s"
+    return result.stderr.strip().splitlines()[-1] if result.stderr.strip() else ""
 
 
 def judge_chat(answer: str, expect: list[list[str]]) -> dict:
