@@ -166,9 +166,7 @@ def _draw_name(task, rng):
 def draw(rng: random.Random) -> Ask:
     """One question at random, never one that is kept for evaluation."""
     task = rng.choices(TASKS, [task.weight for task in TASKS])[0]
-    params = task.held_out
-    while params == task.held_out and task.params:
-        params = {name: rng.choice(values) for name, values in task.params.items()}
+    params = {name: rng.choice(values) for name, values in task.params.items()}
     language = "zh" if rng.random() < CHINESE_SHARE else "en"
     opener = rng.randrange(len(OPENERS[language]))
     text = rng.choice(getattr(task, language))
@@ -192,12 +190,12 @@ def draw_new(rng: random.Random, used: set[str], attempts: int = 30) -> Ask:
     return ask
 
 
-def _eval_ask(key, language, opener, text, tail=1, example="", params=None):
+def _eval_ask(key, language, opener, text, tail=1, example=""):
     """A question of the evaluation; `text` and `tail` are indices, or the words themselves."""
     task = next(task for task in TASKS if task.key == key)
     text = getattr(task, language)[text] if isinstance(text, int) else text
     tail = (EXAMPLE_TAILS if example else TAILS)[language][tail]
-    return Ask(task, params or {}, language, opener, text, tail, example, task.names.split()[0])
+    return Ask(task, {}, language, opener, text, tail, example, task.names.split()[0])
 
 
 def seen_asks() -> list[tuple[Ask, str]]:
@@ -216,21 +214,21 @@ def seen_asks() -> list[tuple[Ask, str]]:
 
 
 def unseen_asks() -> list[tuple[Ask, str]]:
-    """Five questions that no training row holds: one combination of parameters and four wordings, with checks.
+    """Five questions in wordings that no training row uses, with checks.
 
-    They are chosen for a model of a few million parameters. Trained on 3000 rows for four epochs and on nothing else,
-    such a model answered new wordings rightly, but held-out pairs of numbers never, and pairs of words seldom. So a
-    good result here says that it understands new wordings, not that it copies constants well.
+    They are chosen for a model of a few million parameters. Trained on 3000 rows for four epochs, such a model answered
+    new wordings rightly, but held-out pairs of numbers never, and pairs of words seldom. So a good result here says
+    that it understands new wordings, not that it copies constants well.
     """
-    powers, is_prime, factorial, vowels, gcd = (
+    reverse, is_prime, factorial, vowels, gcd = (
         next(task for task in TASKS if task.key == key)
-        for key in ("power_kind", "is_prime", "factorial", "count_vowels", "gcd")
+        for key in ("reverse_string", "is_prime", "factorial", "count_vowels", "gcd")
     )
     primes = "[n for n in range(30) if is_prime(n)] == [2, 3, 5, 7, 11, 13, 17, 19, 23, 29]"
     return [
         (
-            _eval_ask("power_kind", "zh", 1, 0, params=powers.held_out),
-            "assert power_list(10) == [8, 64, 216, 512, 1000]\nassert power_list(1) == []",
+            _eval_ask("reverse_string", "zh", 1, reverse.held_out_zh),
+            "assert reverse_string('abc') == 'cba'\nassert reverse_string('') == ''",
         ),
         (_eval_ask("is_prime", "zh", 1, is_prime.held_out_zh), f"assert {primes}"),
         (

@@ -237,30 +237,13 @@ def test_eval_rows_are_five_seen_and_five_unseen():
 
 @pytest.mark.parametrize("seed", [0, 1, 7, 42, 1234])
 def test_seen_prompts_occur_and_unseen_ones_never_do(seed):
-    """Neither as a prompt, nor as constants of the family, nor as a function, nor as a wording."""
+    """Neither as a prompt nor as a wording."""
     pairs = list(generator.make_asks(N, seed))
     prompts = {generator.prompt_of(ask) for _, ask in pairs}
     assert {generator.prompt_of(ask) for ask, _ in generator.seen_asks()} <= prompts
-    functions = {normalized(generator.code_of(ask), functions_only=True)[0] for _, ask in pairs}
     for unseen, _ in generator.unseen_asks():
         assert generator.prompt_of(unseen) not in prompts
-        family = [ask for _, ask in pairs if ask.task.key == unseen.task.key]
-        if unseen.params:
-            assert all(ask.params != unseen.params for ask in family)
-            assert normalized(generator.code_of(unseen), functions_only=True)[0] not in functions
-            for name, value in unseen.params.items():
-                assert any(ask.params[name] == value for ask in family)  # each constant is known by itself
-        else:
-            assert not any(unseen.text in prompt for prompt in prompts)
-
-
-def test_a_held_out_function_would_be_noticed():
-    """The comparison above is not blind: the held-out function under other names counts as the same."""
-    unseen = generator.unseen_asks()[0][0]
-    renamed = unseen._replace(name="other", language="en", opener=2)
-    assert generator.prompt_of(unseen) != generator.prompt_of(renamed)
-    same = [normalized(generator.code_of(ask), functions_only=True)[0] for ask in (unseen, renamed)]
-    assert same[0] == same[1]
+        assert not any(unseen.text in prompt for prompt in prompts)
 
 
 WRONG = {
@@ -268,7 +251,6 @@ WRONG = {
     "gcd": "def gcd(a, b):\n    return min(a, b)",
     "reverse_string": "def reverse_string(s):\n    return s",
     "sum_digits": "def sum_digits(n):\n    return len(str(n))",
-    "power_kind": "def power_list(n):\n    return [i ** 3 for i in range(1, n + 1) if i % 2 == 1]",
     "count_vowels": "def count_vowels(s):\n    return sum(1 for c in s if c in 'aeiou')",
     "is_prime": "def is_prime(n):\n    return n % 2 == 1",
     "factorial": "def factorial(n):\n    result = 1\n    for i in range(2, n):\n        result *= i\n    return result",

@@ -278,7 +278,7 @@ class TrainRun:
         """Every --log_interval steps: mean loss since the last line, over all processes, and the speed."""
         if not self.closes_window or (step % self.args.log_interval and not self._ends_epoch(step)):
             return
-        sums = self.log_sums.double()
+        sums = self.log_sums
         if dist.is_initialized():
             dist.all_reduce(sums)
         loss, aux_loss, tokens = sums.tolist()
@@ -392,7 +392,7 @@ class LossSum:
             self.sums += torch.stack([loss_sum.float(), tokens.float()])
 
     def mean(self) -> float:
-        sums = self.sums.double()
+        sums = self.sums
         if dist.is_initialized():
             dist.all_reduce(sums)
         return (sums[0] / sums[1].clamp(min=1)).item()

@@ -51,6 +51,11 @@ def init_distributed_mode(device: str = "cpu") -> int:
         return 0
     on_cuda = device.startswith("cuda")
     local_rank = int(os.environ["LOCAL_RANK"])
+    if on_cuda and local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local_rank} has no GPU of its own, there are {torch.cuda.device_count()}: "
+            "lower --nproc_per_node, or pass --device cpu"
+        )
     if on_cuda:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if on_cuda and dist.is_nccl_available() else "gloo")
