@@ -8,6 +8,9 @@ IS_SUPPORTED = import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 1
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10 python; do \
 	if $$p -c '$(IS_SUPPORTED)' 2>/dev/null; then echo $$p; break; fi; done)
 TORCH ?= $(shell if nvidia-smi >/dev/null 2>&1; then echo cu126; else echo cpu; fi)
+ifeq ($(origin TORCH),file)
+TORCH := $(TORCH)
+endif
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -49,14 +52,15 @@ clean:
 
 $(VENV)/bin/python:
 	@if [ -z "$(PYTHON)" ]; then echo "no Python 3.10, 3.11 or 3.12 found: install one, or name it: make PYTHON=/path/to/python3.11"; exit 1; fi
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no virtual environment could be made: install python3-venv and run make again"; exit 1; }
 
 # no retries first: where torch's own index cannot be reached, pip would wait for it before every single package
-$(VENV)/.torch: requirements-torch-$(TORCH).txt | $(VENV)/bin/python
+$(VENV)/.torch-$(TORCH): requirements-torch-$(TORCH).txt | $(VENV)/bin/python
+	@if ls $(VENV)/.torch-* >/dev/null 2>&1; then $(PIP) uninstall -y torch; rm -f $(VENV)/.torch-*; fi
 	$(PIP) install --retries 0 -r requirements-torch-$(TORCH).txt || $(PIP) install -r requirements-torch-$(TORCH).txt
 	@touch $@
 
-$(VENV)/.base: requirements.txt $(VENV)/.torch
+$(VENV)/.base: requirements.txt $(VENV)/.torch-$(TORCH)
 	$(PIP) install -r requirements.txt
 	@touch $@
 
@@ -65,5 +69,6 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.base
 	@touch $@
 
 .compat/%: | $(VENV)/.dev
+	rm -rf $@.tmp
 	$(PIP) install --quiet --target $@.tmp "transformers==$*"
 	mv $@.tmp $@

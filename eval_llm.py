@@ -15,8 +15,8 @@ import torch
 
 from model.chat import encode_text, render
 from model.generation import load_folder, load_for_inference, reply, sampling_options
-from trainer.arguments import ROOT, add_model_flags, friendly_errors, input_path, stated_sizes, zero_or_one
-from trainer.trainer_utils import choose_device, setup_seed
+from trainer.arguments import ROOT, add_model_flags, friendly_errors, input_path, stated_sizes, weights_dir, zero_or_one
+from trainer.trainer_utils import choose_device, choose_dtype, setup_seed
 
 # asked one after the other by --auto 1; add your own
 PROMPTS = [
@@ -63,13 +63,11 @@ def parse_args(argv=None):
 def init_model(args):
     """(model, tokenizer, ModelInfo) as the flags say."""
     device = choose_device(args.device)
-    if args.dtype == "auto":
-        half = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float16
-        dtype = half if device.startswith("cuda") else torch.float32
-    else:
-        dtype = getattr(torch, args.dtype)
+    dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
+    if args.dtype == "auto" and device.startswith("cuda"):
+        dtype = getattr(torch, choose_dtype("auto", device))
     if args.load_from == "model":
-        save_dir, tokenizer = input_path(args.save_dir), input_path(args.tokenizer_path)
+        save_dir, tokenizer = weights_dir(args.save_dir), input_path(args.tokenizer_path)
         return load_for_inference(args.weight, save_dir, tokenizer, stated_sizes(args), device, dtype)
     return load_folder(input_path(args.load_from), device, dtype, args.trust_remote_code)
 

@@ -70,7 +70,15 @@ def load_folder(path: str | Path, device: str = "cpu", dtype: torch.dtype = torc
     AutoConfig.register(MiniMindConfig.model_type, MiniMindConfig, exist_ok=True)
     AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=remote_code)
-    model = AutoModelForCausalLM.from_pretrained(str(path), trust_remote_code=remote_code, torch_dtype=dtype)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        str(path), trust_remote_code=remote_code, torch_dtype=dtype, output_loading_info=True
+    )
+    wrong = {kind: sorted(map(str, keys))[:4] for kind, keys in found.items() if keys and kind != "error_msgs"}
+    if wrong:
+        raise ValueError(
+            f"the weights of {path} do not fit its config.json, answers would be noise: {wrong}. A folder with a "
+            "network of its own needs --trust_remote_code"
+        )
     return model.to(device).eval(), tokenizer, ModelInfo(path)
 
 

@@ -18,7 +18,7 @@ V3_MOE = {
 }
 
 PRESETS: dict[str, dict] = {
-    # 4.5 M: learns to chat and to write small functions in minutes on a laptop's CPU
+    # 4.6 M: learns to chat and to write small functions in minutes on a laptop's CPU
     "tiny": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
     # 25.8 M: MiniMind2-Small, the default
     "small": {"hidden_size": 512, "num_hidden_layers": 8},

@@ -27,6 +27,7 @@ from trainer.arguments import (
     input_path,
     output_path,
     stated_sizes,
+    weights_dir,
 )
 from trainer.trainer_utils import choose_device
 
@@ -106,7 +107,7 @@ def main(args):
         refuse_seen(code, args.train_path)
     model, tokenizer, info = load_for_inference(
         args.weight,
-        input_path(args.save_dir),
+        weights_dir(args.save_dir),
         input_path(args.tokenizer_path),
         stated_sizes(args),
         choose_device(args.device),

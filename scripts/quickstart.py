@@ -11,7 +11,6 @@ write Fibonacci functions that run, and answer the test questions.
 import argparse
 import json
 import math
-import os
 import shlex
 import subprocess
 import sys
@@ -42,7 +41,7 @@ def parse_args(argv=None):
 
 def show(path: Path) -> str:
     """A path as a user in the root would type it."""
-    return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else str(path)
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
 def run(script: str, *flags) -> float:
@@ -111,6 +110,7 @@ def report(args, seconds: dict, began: float) -> bool:
         f"code: {counts['code_right']} of {counts['code']} right, {counts['code_ran']} ran, {CODE_RIGHT} needed "
         f"(of those new to the model {counts['code_new_right']} of {counts['code_new']})": counts["code_right"]
         >= CODE_RIGHT,
+        f"{counts['code_new']} of the code prompts are in no training row, 5 needed": counts["code_new"] >= 5,
         f"chat: {counts['chat_right']} of {counts['chat']} right, {CHAT_RIGHT} needed": (
             counts["chat_right"] >= CHAT_RIGHT
         ),

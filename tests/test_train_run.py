@@ -172,6 +172,35 @@ def test_a_loss_that_is_not_finite_never_reaches_the_disk(tmp_path):
     assert same_bits(before, weights(tmp_path))
 
 
+def test_an_update_with_a_gradient_that_is_not_finite_is_left_out(tmp_path, monkeypatch):
+    """Weights and moments stay as they are at that update, go on after it, and are finite on the disk."""
+    seen = []
+    step = TrainRun.optimizer_step
+
+    def poisoned(self, gradient_scale=None):
+        before = [p.detach().clone() for p in self.model.parameters()]
+        if len(seen) == 1:
+            next(self.model.parameters()).grad[0, 0] = math.nan
+        step(self, gradient_scale)
+        seen.append(all(torch.equal(a, b) for a, b in zip(before, self.model.parameters(), strict=True)))
+
+    monkeypatch.setattr(TrainRun, "optimizer_step", poisoned)
+    toy(tmp_path, "--rows", 16, "--epochs", 1, "--save_interval", 1)
+    assert seen == [False, True, False, False]
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path).values())
+
+
+def test_resume_refuses_what_moves_the_rows_and_takes_the_new_rate(tmp_path, capsys):
+    with pytest.raises(Stop):
+        toy(tmp_path, "--rows", 16, "--save_interval", 1, "--stop_after", 2)
+    for flag, value in (("--batch_size", 2), ("--seed", 1), ("--max_seq_len", 12)):
+        with pytest.raises(ValueError, match=f"with {flag}"):
+            toy(tmp_path, "--rows", 16, flag, value, "--from_resume", 1)
+    run = toy(tmp_path, "--rows", 16, "--learning_rate", 3e-3, "--from_resume", 1)
+    assert "--learning_rate was 0.01 before the resume and is 0.003 from now on" in capsys.readouterr().out
+    assert run.optimizer.param_groups[0]["initial_lr"] == 3e-3
+
+
 def test_learning_rate():
     assert get_lr(0, 100, 1.0) == pytest.approx(1.0)
     assert get_lr(50, 100, 1.0) == pytest.approx(0.55)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_DIR = ROOT / "dataset" / "sample"
+STOPPED = "stopped: the same command with --from_resume 1 continues from the last save"
 
 
 def input_path(path: str | Path) -> Path:
@@ -54,13 +55,21 @@ def data_source(path: str | Path) -> str:
         raise
 
 
+def weights_dir(path: str | Path) -> Path:
+    """Like input_path, for a folder of weights: a missing one is returned, so that the missing weights are named."""
+    try:
+        return input_path(path)
+    except FileNotFoundError:
+        return output_path(path)
+
+
 def output_path(path: str | Path) -> Path:
     """A path to write to: relative ones belong to the working directory (defaults are absolute, below the root)."""
     return Path(path).expanduser().absolute()
 
 
 @contextmanager
-def friendly_errors():
+def friendly_errors(stopped: str = "stopped"):
     """Turn a user's mistake (a missing file, a bad row, a wrong size) into one line and exit status 2; Ctrl-C into 130.
 
     MINIMIND_DEBUG=1 shows the whole traceback instead.
@@ -68,12 +77,12 @@ def friendly_errors():
     try:
         yield
     except KeyboardInterrupt:
-        print("\nstopped; a training run continues from its last save with --from_resume 1", file=sys.stderr)
+        print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError) as error:
         if os.environ.get("MINIMIND_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}\n(MINIMIND_DEBUG=1 shows where it came from)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -124,7 +133,7 @@ def stated_sizes(args: argparse.Namespace) -> dict:
 
     if args.preset and args.preset not in PRESETS:
         raise ValueError(f"no preset {args.preset!r}: choose one of {', '.join(PRESETS)}")
-    stated = dict(PRESETS[args.preset]) if args.preset else {}
+    stated = {"use_moe": False, **PRESETS[args.preset]} if args.preset else {}
     stated |= {name: getattr(args, name) for name in _MODEL_FLAGS if getattr(args, name) is not None}
     if "use_moe" in stated:
         stated["use_moe"] = bool(stated["use_moe"])

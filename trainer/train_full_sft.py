@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import Collator
-from trainer.arguments import ROOT, data_source, friendly_errors, model_config, stage_parser
+from trainer.arguments import ROOT, STOPPED, data_source, friendly_errors, model_config, stage_parser
 from trainer.train_run import TrainRun
 from trainer.trainer_utils import Logger, init_environment, init_model
 
@@ -79,5 +79,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with friendly_errors():
+    with friendly_errors(stopped=STOPPED):
         main(parse_args())

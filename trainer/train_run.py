@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from model.weights import save_weights, tokenizer_digest, update_sidecar, weight_path
+from model.weights import load_state, save_weights, tokenizer_digest, update_sidecar, weight_path
 from trainer.monitor import Monitor, start_wandb
 from trainer.trainer_utils import (
     Logger,
@@ -39,6 +39,9 @@ from trainer.trainer_utils import (
     set_rng_state,
     unwrap,
 )
+
+# an update whose gradient is not finite is left out; so many in a row mean that the run is lost
+MAX_BAD_UPDATES = 10
 
 
 class TrainRun:
@@ -90,6 +93,7 @@ class TrainRun:
         self.start_epoch = self.start_step = 0
         self.rng_state, self.metrics = None, {}
         state = self._resume(model) if args.from_resume else None
+        self.resumed = state is not None
         self.model = model
         if dist.is_initialized():
             ids = [torch.device(args.device).index] if self.device_type == "cuda" else None
@@ -100,6 +104,7 @@ class TrainRun:
         metrics_path = weight_path(args.save_dir, args.save_weight, lm_config).with_suffix(".metrics.jsonl")
         self.monitor = Monitor(metrics_path, self.total_steps, self.done, is_main_process(), self.wandb)
         self._wrote_weights = False
+        self.bad_in_a_row = torch.zeros((), device=args.device)
         self._new_window()
         self._new_log()
 
@@ -112,24 +117,44 @@ class TrainRun:
         if state is None:
             Logger(f"no checkpoint at {path}: starting from the beginning")
             return None
-        model.load_state_dict(state["model"])
-        for name, obj in {"optimizer": self.optimizer, "scaler": self.scaler, **self.stateful}.items():
-            obj.load_state_dict(state[name])
         saved = state["args"]
-        for name in ("batch_size", "accumulation_steps", "epochs", "max_seq_len", "learning_rate", "seed", "max_steps"):
-            if saved[name] != getattr(args, name):
-                Logger(f"note: --{name} was {saved[name]} before the resume and is {getattr(args, name)} now")
+        self._check_resumable(path, state)
         if "dtype" in args.chosen:  # what `auto` meant when the run began
             args.dtype = saved["dtype"]
+            self.scaler = torch.amp.GradScaler(self.device_type, enabled=args.dtype == "float16")
+        load_state(model, state["model"], path)
+        stated = [
+            {name: group[name] for name in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, stated, strict=True):
+            group.update(values)  # what the command line says now, not what it said then
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        for name, obj in self.stateful.items():
+            obj.load_state_dict(state[name])
+        self.start_epoch, self.start_step, self.rng_state = state["epoch"], state["step"], state["rng"]
+        Logger(f"resumed {path.name}: epoch {self.start_epoch + 1}, step {self.start_step}/{self.steps_per_epoch}")
+        return state
+
+    def _check_resumable(self, path, state: dict) -> None:
+        """Say what has changed since the checkpoint; raise ValueError where its place in the data means nothing now."""
+        args, saved = self.args, state["args"]
+        for name in ("epochs", "max_steps", "learning_rate", "warmup_ratio", "weight_decay", "grad_clip"):
+            if saved[name] != getattr(args, name):
+                Logger(f"note: --{name} was {saved[name]} before the resume and is {getattr(args, name)} from now on")
+        for name in ("batch_size", "accumulation_steps", "max_seq_len", "seed"):
+            if saved[name] != getattr(args, name):
+                raise ValueError(
+                    f"{path} was written with --{name} {saved[name]}, now it is {getattr(args, name)}: rows would be "
+                    f"trained twice or never. Pass --{name} {saved[name]}, or start anew with --from_resume 0"
+                )
         if state["rows"] != len(self.dataset) or state["world_size"] != self.world_size:
             raise ValueError(
                 f"{path} was written with {state['rows']} rows and {state['world_size']} process(es), now there are "
                 f"{len(self.dataset)} and {self.world_size}: continue with the same data and processes, or start anew "
                 "with --from_resume 0 --from_weight"
             )
-        self.start_epoch, self.start_step, self.rng_state = state["epoch"], state["step"], state["rng"]
-        Logger(f"resumed {path.name}: epoch {self.start_epoch + 1}, step {self.start_step}/{self.steps_per_epoch}")
-        return state
 
     @property
     def done(self) -> int:
@@ -200,7 +225,7 @@ class TrainRun:
 
         Args:
             loss_sum: scalar, the summed loss of this batch's valid tokens; tokens: scalar, their number.
-            aux_loss: scalar, a mean that counts by those tokens (a balance loss), or 0.
+            aux_loss: scalar, a mean that counts by those tokens (a balance loss); zero where there is none.
         """
         if self.is_filler:
             loss_sum, tokens = loss_sum * 0, tokens * 0
@@ -229,6 +254,10 @@ class TrainRun:
         if gradient_scale is not None:
             torch._foreach_mul_([p.grad for p in parameters], gradient_scale)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip)
+        if self.optimizer.defaults["fused"] and not self.scaler.is_enabled():
+            # the fused kernel leaves weights and moments alone where this is 1, without anyone waiting for the number
+            self.optimizer.found_inf = (~torch.isfinite(self.grad_norm)).float()
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * ~torch.isfinite(self.grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -283,10 +312,11 @@ class TrainRun:
             dist.all_reduce(sums)
         loss, aux_loss, tokens = sums.tolist()
         mean = loss / max(tokens, 1)
-        if not math.isfinite(mean):
+        bad = int(self.bad_in_a_row)
+        if not math.isfinite(mean) or bad >= MAX_BAD_UPDATES:
             raise ValueError(
-                f"the loss is {mean} at epoch {self.epoch + 1}, step {step}: the weights on disk are those of the last "
-                "save. Lower --learning_rate, or look at the rows with scripts that audit the data"
+                f"epoch {self.epoch + 1}, step {step}: the loss is {mean}, and the gradient was not finite in the last "
+                f"{bad} updates, which were left out. Lower --learning_rate; the last save is in {self.args.save_dir}"
             )
         speed = tokens / max(time.monotonic() - self._log_began, 1e-9)
         lr = self.optimizer.param_groups[0]["lr"]
@@ -348,7 +378,7 @@ class TrainRun:
             return
         args = self.args
         path = weight_path(args.save_dir, args.save_weight, self.lm_config)
-        keep_previous = not args.from_resume and not self._wrote_weights
+        keep_previous = not self.resumed and not self._wrote_weights
         data = {"path": str(args.data_path), "rows": len(self.dataset), **getattr(self.dataset, "report", {})}
         tokenizer = {}
         if self.tokenizer is not None:
@@ -432,7 +462,8 @@ def plain(args) -> dict:
 def to_device(batch, device):
     """Move the tensors of a (nested) batch to the device; leave strings alone."""
     if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
+        # from pinned memory only: elsewhere the copy could be read before it is done
+        return batch.to(device, non_blocking=batch.is_pinned())
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):

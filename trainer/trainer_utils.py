@@ -102,7 +102,12 @@ def choose_device(wanted: str = "auto") -> str:
     """
     if wanted == "auto":
         if torch.cuda.is_available():
-            return "cuda:0"
+            try:
+                (torch.zeros(1, device="cuda:0") + 1).item()
+                return "cuda:0"
+            except RuntimeError as error:  # a GPU that this build of torch has no kernels for
+                Logger(f"the GPU cannot be used by torch {torch.__version__}, running on the CPU: {error}")
+                return "cpu"
         if torch.backends.mps.is_available():
             return "mps"
         if shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi"], capture_output=True).returncode == 0:
@@ -111,7 +116,10 @@ def choose_device(wanted: str = "auto") -> str:
                 "`pip install -r requirements-torch-cu126.txt --force-reinstall` installs a torch that can"
             )
         return "cpu"
-    kind = torch.device(wanted).type
+    try:
+        kind = torch.device(wanted).type
+    except RuntimeError:
+        raise ValueError(f"no device is called {wanted!r}: pass --device auto, cpu, cuda:0 or mps") from None
     if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
         raise ValueError(
             f"--device {wanted}, but torch {torch.__version__} has no {kind} here: pass --device cpu or auto"
@@ -294,6 +302,8 @@ def init_environment(args) -> None:
     """Join the processes, choose device and precision (written back into args), seed."""
     args.chosen = [name for name in ("device", "dtype") if getattr(args, name) == "auto"]
     args.device = choose_device(args.device)
+    if args.device == "mps" and "RANK" in os.environ:
+        raise ValueError("several processes cannot share Apple's GPU: pass --device cpu, or start without torchrun")
     local_rank = init_distributed_mode(args.device)
     if args.device.startswith("cuda") and dist.is_initialized():
         args.device = f"cuda:{local_rank}"
