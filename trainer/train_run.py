@@ -248,7 +248,7 @@ class TrainRun:
         self.scaler.scale(loss).backward()
 
     def optimizer_step(self, gradient_scale: torch.Tensor | None = None) -> None:
-        """Scale the gradients, clip them, step, forget them. Nothing here waits for a GPU."""
+        """Scale the gradients, clip them, step, forget them. Nothing here waits for a CUDA GPU."""
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradient_scale is not None:
@@ -257,6 +257,8 @@ class TrainRun:
         if self.optimizer.defaults["fused"] and not self.scaler.is_enabled():
             # the fused kernel leaves weights and moments alone where this is 1, without anyone waiting for the number
             self.optimizer.found_inf = (~torch.isfinite(self.grad_norm)).float()
+        elif not self.scaler.is_enabled() and not torch.isfinite(self.grad_norm):
+            self.optimizer.zero_grad(set_to_none=True)  # no fused kernel here: nothing to step with
         self.bad_in_a_row = (self.bad_in_a_row + 1) * ~torch.isfinite(self.grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
