@@ -17,17 +17,20 @@ V3_MOE = {
     "seq_aux": False,
 }
 
+# a dense preset says so, lest it take the weights of a mixture of the same width
+DENSE = {"use_moe": False}
+
 PRESETS: dict[str, dict] = {
     # 4.6 M: learns to chat and to write small functions in minutes on a laptop's CPU
-    "tiny": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "tiny": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, **DENSE},
     # 25.8 M: MiniMind2-Small, the default
-    "small": {"hidden_size": 512, "num_hidden_layers": 8},
+    "small": {"hidden_size": 512, "num_hidden_layers": 8, **DENSE},
     # 104.0 M: MiniMind2
-    "base": {"hidden_size": 768, "num_hidden_layers": 16},
+    "base": {"hidden_size": 768, "num_hidden_layers": 16, **DENSE},
     # 145.0 M, 91.9 M of them active: MiniMind2-MoE
     "moe": {"hidden_size": 640, "num_hidden_layers": 8, "use_moe": True},
     # 63.9 M: minimind-3
-    "minimind3": {"hidden_size": 768, "num_hidden_layers": 8, "intermediate_size": 2432, **V3},
+    "minimind3": {"hidden_size": 768, "num_hidden_layers": 8, "intermediate_size": 2432, **V3, **DENSE},
     # 198.4 M, 63.9 M of them active: minimind-3-moe
     "minimind3_moe": {"hidden_size": 768, "num_hidden_layers": 8, "intermediate_size": 2432, **V3, **V3_MOE},
 }

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 from model.presets import PRESETS
 from trainer.arguments import (
+    STOPPED,
     add_model_flags,
     data_source,
     friendly_errors,
@@ -193,7 +194,7 @@ def test_a_mistake_is_one_line_and_status_2(error, capsys, monkeypatch):
 
 
 def test_ctrl_c_is_status_130_with_the_way_back(capsys):
-    with pytest.raises(SystemExit) as end, friendly_errors():
+    with pytest.raises(SystemExit) as end, friendly_errors(STOPPED):
         raise KeyboardInterrupt
     assert end.value.code == 130 and "--from_resume 1" in capsys.readouterr().err
 

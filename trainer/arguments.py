@@ -82,7 +82,7 @@ def friendly_errors(stopped: str = "stopped"):
     except (OSError, ValueError) as error:
         if os.environ.get("MINIMIND_DEBUG"):
             raise
-        print(f"error: {error}\n(MINIMIND_DEBUG=1 shows where it came from)", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -133,7 +133,7 @@ def stated_sizes(args: argparse.Namespace) -> dict:
 
     if args.preset and args.preset not in PRESETS:
         raise ValueError(f"no preset {args.preset!r}: choose one of {', '.join(PRESETS)}")
-    stated = {"use_moe": False, **PRESETS[args.preset]} if args.preset else {}
+    stated = dict(PRESETS[args.preset]) if args.preset else {}
     stated |= {name: getattr(args, name) for name in _MODEL_FLAGS if getattr(args, name) is not None}
     if "use_moe" in stated:
         stated["use_moe"] = bool(stated["use_moe"])
