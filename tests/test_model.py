@@ -896,7 +896,7 @@ def test_save_pretrained_round_trip(kind, changes, tmp_path):
 
 def test_fresh_weights_are_spread_as_configured():
     torch.manual_seed(0)
-    model = MiniMindForCausalLM(MiniMindConfig(**PRESETS["tiny"], use_moe=True, initializer_range=0.03))
+    model = MiniMindForCausalLM(MiniMindConfig(**{**PRESETS["tiny"], "use_moe": True}, initializer_range=0.03))
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert torch.equal(parameter, torch.ones_like(parameter))
