@@ -272,7 +272,7 @@ def test_no_file_names_a_path_of_one_machine():
         if OWN_PATH.search(line)
     ]
     assert not found, "\n" + "\n".join(found)
-    for bad in ("cd /home/me/minimind", "'/work/main/model'", r"C:\\Users\\me"):
+    for bad in ("cd /home/me/minimind", "'/work/project/model'", r"C:\\Users\\me"):
         assert OWN_PATH.search(bad)
     for fine in ("https://example.org/home/page", "a/work/b", "../root/x", "/homework/1"):
         assert not OWN_PATH.search(fine)
