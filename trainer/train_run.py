@@ -15,6 +15,7 @@ schedule and the numbers in the log count steps. It takes a Module and a Dataset
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from contextlib import contextmanager, nullcontext
@@ -410,6 +411,9 @@ class TrainRun:
         Logger(f"weights: {path}")
         if dist.is_initialized():
             dist.barrier()
+            # the wrapper holds the group's threads: it goes first, or they may outlive the group and abort the exit
+            self.model = unwrap(self.model)
+            gc.collect()
             dist.destroy_process_group()
 
 
