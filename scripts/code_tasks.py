@@ -10,7 +10,6 @@ dicts sets several names at once: an operator together with its words in both la
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import product
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,6 @@ class Task:
     weight: float = 1.0
     held_out_zh: str = ""
     held_out_en: str = ""
-
-    def combinations(self) -> list[dict]:
-        """Every combination of parameters that a training row may have."""
-        return [dict(zip(self.params, values, strict=True)) for values in product(*self.params.values())]
 
 
 DIGITS = tuple(range(2, 10))
