@@ -203,6 +203,6 @@ def test_whole_quickstart(tmp_path, monkeypatch):
     scripts = "generate_sample_data generate_code_sft build_sft_mix train_pretrain train_full_sft eval_answers".split()
     printed = [line for line in done.stdout.splitlines() if line.startswith("$ python ")]
     assert len(printed) == len(scripts) and all(name in line for name, line in zip(scripts, printed, strict=True))
-    assert done.stdout.count("[ok]") == 4 and "[FAILED]" not in done.stdout and "What to type next" in done.stdout
+    assert done.stdout.count("[ok]") == 5 and "[FAILED]" not in done.stdout and "What to type next" in done.stdout
     answers = json.loads((tmp_path / "out/quickstart/answers.json").read_text(encoding="utf-8"))
     assert answers["summary"]["code"] == 10 and answers["summary"]["code_new"] >= 5 and answers["summary"]["chat"] == 5
