@@ -16,11 +16,12 @@ import codecs
 import gzip
 import io
 import json
+import os
 import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,30 +46,30 @@ class BadRow(ValueError):
         return f"{self.path}:{self.line}: {self.reason}"
 
 
-class RowReader:
-    """Iterator of (line number, row).
+class RowTally:
+    """What became of the rows of a source: a bad one is raised or counted, and the counts are said once at the end.
 
     Attributes:
         rows: good rows so far. skipped: Counter of bad rows by kind. skipped_lines: the first few of their lines.
-        size: bytes on disk of a file that is read as text, else 0. position: bytes of it that were read so far.
+        first_bad: the first of them.
     """
 
-    def __init__(self, path: str | Path, on_bad_row: str = "raise", validate: Callable[[dict], None] | None = None):
+    def __init__(self, path: str | Path, on_bad_row: str = "raise"):
         if on_bad_row not in ("raise", "skip"):
             raise ValueError(f"on_bad_row is {on_bad_row!r}: use 'raise' or 'skip'")
-        self.path = str(path)
+        self.path, self.skips = str(path), on_bad_row == "skip"
         self.rows, self.skipped, self.skipped_lines = 0, Counter(), []
-        self.size, self.position = 0, 0
-        self._first_bad: BadRow | None = None
-        self._skip = on_bad_row == "skip"
-        self._validate = validate
-        self._iterator = self._checked(self._source())
+        self.first_bad: BadRow | None = None
 
-    def __iter__(self) -> RowReader:
-        return self
-
-    def __next__(self) -> tuple[int, dict]:
-        return next(self._iterator)
+    def reject(self, line: int, reason: str) -> None:
+        """A bad row: counted, or raised as BadRow."""
+        bad = BadRow(self.path, line, reason)
+        if not self.skips:
+            raise bad
+        self.first_bad = self.first_bad or bad
+        self.skipped[reason.split(":")[0]] += 1
+        if len(self.skipped_lines) < 5:
+            self.skipped_lines.append(line)
 
     def warning(self) -> str:
         """One line about the skipped rows, "" if there are none."""
@@ -78,6 +79,38 @@ class RowReader:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.skipped.most_common())
         lines = ", ".join(map(str, self.skipped_lines)) + (", ..." if bad > len(self.skipped_lines) else "")
         return f"{self.path}: {bad:,} of {bad + self.rows:,} rows skipped ({kinds}), at line {lines}"
+
+    def finish(self) -> None:
+        """After the last row: the warning goes to stderr (of the main process only); no good row at all is an error."""
+        if self.rows == 0 and self.first_bad is not None:
+            raise ValueError(f"none of {self.skipped.total():,} rows is usable; the first: {self.first_bad}")
+        if self.rows == 0:
+            raise ValueError(f"{self.path} holds no rows: get the file again{sample_hint(self.path)}")
+        if self.skipped and is_main_process():
+            print(self.warning(), file=sys.stderr)
+
+
+class RowReader(RowTally):
+    """Iterator of (line number, row); a `RowTally` of what it has read.
+
+    Attributes:
+        raw: what is iterated over before anything is checked, for those who parse elsewhere: (line number, bytes of
+            the line or a decoded value). They count by `rows`, `reject` and `finish` themselves.
+        size: bytes on disk of a file that is read as text, else 0. position: bytes of it that were read so far.
+    """
+
+    def __init__(self, path: str | Path, on_bad_row: str = "raise", validate: Callable[[dict], None] | None = None):
+        super().__init__(path, on_bad_row)
+        self.size, self.position = 0, 0
+        self._validate = validate
+        self.raw = self._source()
+        self._iterator = self._checked()
+
+    def __iter__(self) -> RowReader:
+        return self
+
+    def __next__(self) -> tuple[int, dict]:
+        return next(self._iterator)
 
     def _source(self) -> Iterator[tuple[int, object]]:
         """Line numbers with the raw bytes of a line, or with a decoded value; the file itself is checked right away."""
@@ -108,36 +141,18 @@ class RowReader:
                 self.position = raw.tell()
                 yield item
 
-    def _checked(self, source: Iterator[tuple[int, object]]) -> Iterator[tuple[int, dict]]:
-        for line, raw in source:
+    def _checked(self) -> Iterator[tuple[int, dict]]:
+        for line, raw in self.raw:
             try:
-                row = parse_row(raw) if isinstance(raw, bytes) else raw
-                _check_object(row)
+                row = to_object(raw)
                 if self._validate is not None:
                     self._validate(row)
             except ValueError as error:
-                bad = BadRow(self.path, line, str(error))
-                if not self._skip:
-                    raise bad from error
-                self._count(bad)
+                self.reject(line, str(error))
                 continue
             self.rows += 1
             yield line, row
-        self._finish()
-
-    def _count(self, bad: BadRow) -> None:
-        self._first_bad = self._first_bad or bad
-        self.skipped[bad.reason.split(":")[0]] += 1
-        if len(self.skipped_lines) < 5:
-            self.skipped_lines.append(bad.line)
-
-    def _finish(self) -> None:
-        if self._first_bad is not None:
-            if self.rows == 0:
-                raise ValueError(f"none of {self.skipped.total():,} rows is usable; the first: {self._first_bad}")
-            print(self.warning(), file=sys.stderr)
-        elif self.rows == 0:
-            raise ValueError(f"{self.path} holds no rows: get the file again{sample_hint(self.path)}")
+        self.finish()
 
 
 def read_rows(path: str | Path, on_bad_row: str = "raise", validate: Callable[[dict], None] | None = None) -> RowReader:
@@ -158,6 +173,11 @@ def read_rows(path: str | Path, on_bad_row: str = "raise", validate: Callable[[d
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one of its run that speaks (torchrun numbers them)."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def is_hub_name(path: str | Path) -> bool:
@@ -362,9 +382,30 @@ def parse_row(raw: bytes) -> object:
         raise ValueError(f"broken JSON: {error}; repair or delete the line") from error
 
 
-def _check_object(row: object) -> None:
+def to_object(raw: object) -> dict:
+    """The object that a line's bytes or a decoded value is; raises ValueError with the reason."""
+    row = parse_row(raw) if isinstance(raw, bytes) else raw
     if not isinstance(row, dict):
         raise ValueError(f'not an object: found {_kind_of(row)}; a row is written {{"key": value}}')
+    return row
+
+
+def read_batch(
+    rows: Iterable[tuple[int, object]], read: Callable[[dict], object], stop_at_bad: bool
+) -> tuple[list[tuple[int, object]], list[tuple[int, str]]]:
+    """Parse raw rows and hand each to `read`: (line, what it returned) of the good ones, (line, reason) of the bad.
+
+    With `stop_at_bad` the rows behind the first bad one are not looked at.
+    """
+    good, bad = [], []
+    for line, raw in rows:
+        try:
+            good.append((line, read(to_object(raw))))
+        except ValueError as error:
+            bad.append((line, str(error)))
+            if stop_at_bad:
+                break
+    return good, bad
 
 
 def _kind_of(value: object) -> str:
@@ -404,10 +445,17 @@ def check_pretrain(row: dict) -> None:
     pretrain_text(row)
 
 
+def trainable_messages(row: dict) -> list[dict]:
+    """`to_messages` of a row of supervised fine-tuning; raises ValueError where it has no reply to learn from."""
+    messages = to_messages(row)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no assistant turn: there is nothing to learn; add a reply or delete the row")
+    return messages
+
+
 def check_conversation(row: dict) -> None:
     """Validator of `read_rows` for rows of supervised fine-tuning: all that `to_messages` asks, and a reply."""
-    if not any(message["role"] == "assistant" for message in to_messages(row)):
-        raise ValueError("no assistant turn: there is nothing to learn; add a reply or delete the row")
+    trainable_messages(row)
 
 
 def to_messages(row: dict) -> list[dict]:
