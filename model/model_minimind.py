@@ -1,7 +1,8 @@
 """MiniMind: a decoder-only transformer in one file, dense or mixture of experts, for both generations of its weights.
 
 The network is a Hugging Face `PreTrainedModel`, so `generate`, `save_pretrained` and remote-code loading work on
-transformers 4.51 to 5.x; this file imports nothing but torch and transformers, because remote-code export copies it.
+transformers 4.51 to 5.x; this file imports nothing but torch, transformers and the file beside it that remote-code
+export copies with it.
 
     from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
     model = MiniMindForCausalLM(MiniMindConfig(hidden_size=512, num_hidden_layers=8))
@@ -22,6 +23,8 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 from transformers.utils import ModelOutput
+
+from .packed_attention import can_attend, document_attention
 
 
 class MiniMindConfig(PretrainedConfig):
@@ -243,15 +246,15 @@ def rope_frequencies(config: MiniMindConfig, device: torch.device) -> torch.Tens
 
 
 def rope_tables(config: MiniMindConfig, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin for each position and dimension: [B, T] -> two of [B, 1, T, D], fp32."""
-    angles = position_ids[:, None, :, None].float() * rope_frequencies(config, position_ids.device)
+    """cos and sin for each position and dimension: [B, T] -> two of [B, T, 1, D], fp32."""
+    angles = position_ids[:, :, None, None].float() * rope_frequencies(config, position_ids.device)
     angles = torch.cat([angles, angles], dim=-1)
     scale = config.yarn["attention_factor"] if config.inference_rope_scaling else 1.0
     return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its angle (https://arxiv.org/abs/2104.09864); x: [B, N, T, D]."""
+    """Turn each pair (x[i], x[i + D/2]) by its angle (https://arxiv.org/abs/2104.09864); x: [B, T, N, D]."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).type_as(x)
 
@@ -300,15 +303,19 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x, cos, sin, bias=None, past_key_values=None, cache_position=None) -> torch.Tensor:
-        """x: [B, T, H] -> [B, T, H]; bias as attention_bias gives it."""
+    def forward(self, x, cos, sin, bias=None, cu_seqlens=None, past_key_values=None, cache_position=None):
+        """x: [B, T, H] -> [B, T, H]; bias as attention_bias gives it, or cu_seqlens as document_attention takes it."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, D]
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin)  # [B, N or K, T, D]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cu_seqlens is not None:
+            out = document_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, T)
+            return self.o_proj(out.view(B, T, -1))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, N or K, T, D]
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": cache_position})
         # fused kernels want one key per query head; copying keys is cheap beside scores, which are never built
@@ -367,8 +374,8 @@ class MoE(nn.Module):
         self.experts = nn.ModuleList(MLP(config, width) for _ in range(config.n_routed_experts))
         self.shared_experts = nn.ModuleList(MLP(config, width) for _ in range(config.n_shared_experts))
 
-    def forward(self, x: torch.Tensor, token_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [B, T, H]; token_weights: [B, T], 0 for padding. Returns ([B, T, H], balance loss scalar)."""
+    def forward(self, x: torch.Tensor, token_weights: torch.Tensor, sequences: torch.Tensor):
+        """x: [B, T, H]; token_weights, sequences: as balance_loss. Returns ([B, T, H], balance loss scalar)."""
         flat = x.reshape(-1, x.size(-1))  # [S, H]
         scores = self.gate(flat)  # [S, E]
         weights, chosen = scores.topk(self.top_k, dim=-1)  # [S, k]
@@ -380,7 +387,7 @@ class MoE(nn.Module):
         out = (self.dispatch if x.device.type == "cpu" else self.run_all)(flat, weights, chosen)
         for expert in self.shared_experts:
             out = out + expert(flat)
-        return out.view_as(x), self.balance_loss(scores, chosen, token_weights)
+        return out.view_as(x), self.balance_loss(scores, chosen, token_weights, sequences)
 
     def dispatch(self, flat: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Each expert runs on its own tokens. The shapes depend on the routing, which is free to know on a CPU."""
@@ -398,23 +405,29 @@ class MoE(nn.Module):
         share = share.scatter(1, chosen, weights)  # [S, E]
         return sum(e(flat) * share[:, i, None].to(flat.dtype) for i, e in enumerate(self.experts))
 
-    def balance_loss(self, scores, chosen, token_weights) -> torch.Tensor:
+    def balance_loss(self, scores, chosen, token_weights, sequences) -> torch.Tensor:
         """E * sum over experts of (share of choices) * (mean probability), least when all are equal to 1/E.
 
-        Per row and then averaged by tokens (`seq_aux`, DeepSeekMoE https://arxiv.org/abs/2401.06066 eq. 14-16 with
-        sequences as the unit), or over the batch (Switch Transformer https://arxiv.org/abs/2101.03961 eq. 4).
+        Per sequence and then averaged by tokens (`seq_aux`, DeepSeekMoE https://arxiv.org/abs/2401.06066 eq. 14-16), or
+        over the batch (Switch Transformer https://arxiv.org/abs/2101.03961 eq. 4).
+
+        Args:
+            scores: [S, E]; chosen: [S, k]; token_weights: 0 for tokens that do not count, [B, T] with B * T = S.
+            sequences: int64, 0 and up; [S], which sequence (a row, or a document of a packed row) each token is in.
         """
-        B, T = token_weights.shape
         E = scores.size(-1)
-        weight = token_weights.view(B, T, 1).float()
-        used = F.one_hot(chosen, E).sum(1).view(B, T, E) * weight / self.top_k
-        probability = scores.view(B, T, E) * weight
-        rows = weight.sum(1)  # [B, 1]
+        weight = token_weights.reshape(-1, 1).float()
+        used = F.one_hot(chosen, E).sum(1) * weight / self.top_k  # [S, E]
+        probability, tokens = scores * weight, weight.sum().clamp(min=1)
         if not self.seq_aux:
-            used, probability, rows = used.sum((0, 1)), probability.sum((0, 1)), rows.sum(0)
-            return self.alpha * E * (used * probability).sum() / rows.clamp(min=1).squeeze() ** 2
-        per_row = E * (used.sum(1) * probability.sum(1)).sum(-1) / rows.squeeze(1).clamp(min=1) ** 2  # [B]
-        return self.alpha * (per_row * rows.squeeze(1)).sum() / rows.sum().clamp(min=1)
+            return self.alpha * E * (used.sum(0) * probability.sum(0)).sum() / tokens**2
+        # one row per token would always do; a sum over sequences needs no more, and no look at how many there are
+        sums = scores.new_zeros(len(scores), 2 * E + 1).index_add(
+            0, sequences, torch.cat([used, probability, weight], 1)
+        )
+        used, probability, length = sums.split([E, E, 1], dim=1)
+        per_sequence = E * (used * probability).sum(-1) / length.squeeze(1).clamp(min=1)  # times its tokens
+        return self.alpha * per_sequence.sum() / tokens
 
 
 class MiniMindBlock(nn.Module):
@@ -428,13 +441,13 @@ class MiniMindBlock(nn.Module):
         self.mlp = MoE(config) if config.use_moe else MLP(config)
         self.use_moe = config.use_moe
 
-    def forward(self, x, cos, sin, bias, token_weights, past_key_values=None, cache_position=None):
-        """x: [B, T, H] -> ([B, T, H], balance loss scalar or None)."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, bias, past_key_values, cache_position)
+    def forward(self, x, cos, sin, bias, cu_seqlens, balance, past_key_values=None, cache_position=None):
+        """x: [B, T, H] -> ([B, T, H], balance loss scalar or None); balance: what MoE.forward takes beside x."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, bias, cu_seqlens, past_key_values, cache_position)
         normed = self.post_attention_layernorm(x)
         if not self.use_moe:
             return x + self.mlp(normed), None
-        out, aux_loss = self.mlp(normed, token_weights)
+        out, aux_loss = self.mlp(normed, *balance)
         return x + out, aux_loss
 
 
@@ -480,6 +493,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         attention_mask=None,
         position_ids=None,
         document_ids=None,
+        cu_seqlens=None,
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
@@ -497,15 +511,21 @@ class MiniMindModel(MiniMindPreTrainedModel):
         cache_position = torch.arange(T, device=x.device) + past_len
         if position_ids is None:
             position_ids = cache_position[None]
-        key_len = self._key_length(past_key_values, past_len, T)
-        bias = attention_bias(attention_mask, document_ids, T, past_len, key_len, x.device)
+        bias = None
+        if not self._has_kernel(x, cu_seqlens, past_key_values):
+            key_len = self._key_length(past_key_values, past_len, T)
+            bias = attention_bias(attention_mask, document_ids, T, past_len, key_len, x.device)
+        bounds = cu_seqlens if bias is None else None
         cos, sin = rope_tables(self.config, position_ids)
-        if self.config.use_moe and token_weights is None:
-            token_weights = self._real_tokens(attention_mask, document_ids, x)
+        balance = None
+        if self.config.use_moe:
+            if token_weights is None:
+                token_weights = self._real_tokens(attention_mask, document_ids, x)
+            balance = token_weights, self._sequences(cu_seqlens, x)
 
         states, aux_losses = [x], []
         for layer in self.layers:
-            inputs = (cos, sin, bias, token_weights, past_key_values, cache_position)
+            inputs = (cos, sin, bias, bounds, balance, past_key_values, cache_position)
             if self.gradient_checkpointing and self.training:
                 x, aux_loss = self._gradient_checkpointing_func(layer.__call__, x, *inputs)
             else:
@@ -528,6 +548,24 @@ class MiniMindModel(MiniMindPreTrainedModel):
             size = getattr(past_key_values, "get_max_length", None) or past_key_values.get_max_cache_shape
             return size()
         return past_len + query_len
+
+    def _has_kernel(self, x: torch.Tensor, cu_seqlens, past_key_values) -> bool:
+        """Whether attention can go by cu_seqlens instead of a mask."""
+        if cu_seqlens is None or past_key_values is not None:
+            return False
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dropout = self.config.dropout if self.training else 0.0
+        return can_attend(device, dtype, self.config.head_dim, dropout)
+
+    @staticmethod
+    def _sequences(cu_seqlens, x: torch.Tensor) -> torch.Tensor:
+        """[B * T] int64: the number of the document, or else of the row, that each token is in."""
+        B, T, _ = x.shape
+        places = torch.arange(B * T, device=x.device)
+        if cu_seqlens is None:
+            return places // T
+        return torch.bucketize(places, cu_seqlens[1:], right=True)
 
     @staticmethod
     def _real_tokens(attention_mask, document_ids, x) -> torch.Tensor:
@@ -565,9 +603,11 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         document_ids: torch.LongTensor | None = None,
+        cu_seqlens: torch.IntTensor | None = None,
         past_key_values=None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        label_positions: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
@@ -581,7 +621,11 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             attention_mask: [B, past + T], 1 for real tokens, 0 for padding on either side.
             position_ids: [B, T]; None counts on from the cache.
             document_ids: [B, T], equal within one packed document, 0 for padding; attention stays inside a document.
+            cu_seqlens: int32 [documents + 1], places in the flattened batch where the documents (a run of padding is
+                one too) begin, and B * T at the end: with it attention costs what the documents' lengths cost.
             labels: [B, T], the token at the same place or -100; the model shifts, as in Hugging Face models.
+            label_positions: int64 [tokens], places in the flattened batch whose next token has a label. The output
+                layer works on these alone; without them on all but a CPU, as finding them would hold up a GPU.
             logits_to_keep: only the last so many positions (0: all), or the positions in a tensor.
             return_logits: False spares a training step the logits of positions without a label.
         """
@@ -590,6 +634,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             document_ids=document_ids,
+            cu_seqlens=cu_seqlens,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache and not (self.training and self.model.gradient_checkpointing),
@@ -599,7 +644,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         hidden = output.hidden_states[-1]
         loss = loss_sum = tokens = logits = None
         if labels is not None:
-            loss_sum, tokens = self.loss(hidden, labels)
+            loss_sum, tokens = self.loss(hidden, labels, label_positions)
             loss = loss_sum / tokens.clamp(min=1) + output.aux_loss
         if return_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -615,13 +660,15 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             aux_loss=output.aux_loss,
         )
 
-    def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, hidden: torch.Tensor, labels: torch.Tensor, label_positions: torch.Tensor | None = None):
         """Summed cross-entropy in fp32 and its number of tokens; hidden [B, T, H], labels [B, T]."""
-        hidden, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        valid = targets != -100
-        tokens = valid.sum()
-        if hidden.device.type == "cpu":  # elsewhere the number of labels would have to be waited for
-            hidden, targets = hidden[valid], targets[valid]
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # [B * T]
+        if label_positions is None and hidden.device.type == "cpu":
+            label_positions = (targets != -100).nonzero().squeeze(1)
+        hidden = hidden.flatten(0, 1)
+        if label_positions is not None:
+            hidden, targets = hidden[label_positions], targets[label_positions]
+        tokens = (targets != -100).sum()
         weight = self.lm_head.weight
         if not torch.is_grad_enabled():  # which the function cannot see: it would work out gradients for nothing
             hidden, weight = hidden.detach(), weight.detach()

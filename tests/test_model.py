@@ -574,7 +574,7 @@ def test_mixture_equals_token_by_token_loop(mixture, path, grad):
     torch.manual_seed(2)
     x, direction = torch.randn(2, 13, 64, requires_grad=True), torch.randn(2, 13, 64)
     results = []
-    for run in (lambda: moe(x, torch.ones(2, 13))[0], lambda: naive_mixture(moe, x)):
+    for run in (lambda: moe(x, torch.ones(2, 13), torch.arange(26) // 13)[0], lambda: naive_mixture(moe, x)):
         moe.zero_grad()
         x.grad = None
         out = run()
@@ -603,7 +603,7 @@ def test_gradient_of_a_lone_weight_is_that_of_its_logarithm(grad):
     """Output of weight exactly 1, gradient as of p / constant p: d log p, the way that makes a good expert likelier."""
     moe = tiny("v3-moe").model.layers[0].mlp
     x = torch.randn(1, 1, 64)
-    out, _ = moe(x, torch.ones(1, 1))
+    out, _ = moe(x, torch.ones(1, 1), torch.zeros(1, dtype=torch.long))
     scores = moe.gate(x[0])
     best = scores.argmax().item()
     assert torch.equal(out[0], moe.experts[best](x[0]))
@@ -633,9 +633,10 @@ def test_training_mode_gives_the_same_output(kind):
 
 
 def balance(model, scores, chosen, weights):
+    rows = torch.arange(len(chosen)) // len(weights[0])
     return (
         model.model.layers[0]
-        .mlp.balance_loss(torch.tensor(scores), torch.tensor(chosen)[:, None], torch.tensor(weights))
+        .mlp.balance_loss(torch.tensor(scores), torch.tensor(chosen)[:, None], torch.tensor(weights), rows)
         .item()
     )
 
@@ -664,10 +665,11 @@ def test_balance_loss_is_alpha_per_layer_when_uniform_and_more_when_not(seq_aux,
     moe = model.model.layers[0].mlp
     scores = torch.full((8, 4), 0.25, requires_grad=True)
     chosen = torch.tensor([[0, 1], [2, 3]] * 4)
-    loss = moe.balance_loss(scores, chosen, torch.ones(2, 4))
+    rows = torch.arange(8) // 4
+    loss = moe.balance_loss(scores, chosen, torch.ones(2, 4), rows)
     assert loss.item() == pytest.approx(0.25)
     skewed = torch.softmax(torch.arange(4.0), 0).expand(8, 4)
-    assert moe.balance_loss(skewed, skewed.topk(2).indices, torch.ones(2, 4)) > 0.3
+    assert moe.balance_loss(skewed, skewed.topk(2).indices, torch.ones(2, 4), rows) > 0.3
     output = model(random_ids(2, 9))
     assert output.aux_loss >= 2 * 0.25 * 0.9
     output.aux_loss.backward()
