@@ -7,12 +7,16 @@ import random
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
-from dataset import lm_dataset
+from dataset.encode import PretrainRecipe, SFTRecipe, split_documents
 from dataset.jsonl import BadRow
-from dataset.lm_dataset import PlainTextDataset, PretrainDataset, SFTDataset, split_documents
-from dataset.packing import Collator
+from dataset.lm_dataset import PlainTextDataset, PretrainDataset, SFTDataset
+from dataset.token_cache import tokenise
 from model.chat import encode_text, render
 
 BOS, EOS = "<|im_start|>", "<|im_end|>"
@@ -123,13 +127,12 @@ def test_items_are_shifted_padded_rows(sft, pretrain, plain, tokenizer):
         assert len(list(dataset)) == len(dataset)  # ends by itself
 
 
-def test_default_collate_and_the_collator_take_the_items(sft):
+def test_default_collate_takes_the_items(sft):
     dataset = sft(*[chat(f"question {i}", "answer " * (i + 1)) for i in range(7)], max_length=64)
     x, y, mask = next(iter(DataLoader(dataset, batch_size=4)))
     assert x.shape == y.shape == mask.shape == (4, 63)
-    batch = next(iter(DataLoader(dataset, batch_size=7, collate_fn=Collator(64, 0))))
-    assert int((batch["labels"] != -100).sum()) == dataset.report["trained_tokens"]
-    assert int((batch["document_ids"] > 0).sum()) == dataset.report["tokens"]
+    ids, trained, lengths = dataset.take(range(7))
+    assert trained.sum() == dataset.report["trained_tokens"] and len(ids) == dataset.report["tokens"] == lengths.sum()
 
 
 @pytest.mark.parametrize("kind", [PretrainDataset, PlainTextDataset, SFTDataset])
@@ -149,23 +152,26 @@ def test_same_file_same_items_and_gz_equals_plain(tmp_path, tokenizer, kind):
             assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
 
 
-def test_two_bytes_per_token(sft, pretrain):
-    dataset = pretrain(*[LONG_EN] * 5)
-    assert dataset._ids.itemsize == 2 and dataset._ids.nbytes == 2 * dataset.report["tokens"]
-    dataset = sft(chat("q", LONG_EN))
-    assert dataset._ids.nbytes == 2 * dataset.report["tokens"] and dataset._mask.nbytes == dataset.report["tokens"]
+def test_two_bytes_per_token(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": LONG_EN, **chat("q", LONG_EN)}] * 5)
+    for recipe in (PretrainRecipe(), SFTRecipe()):
+        encoded, _ = tokenise(path, tokenizer, recipe)
+        assert encoded.ids.nbytes == 2 * encoded.lengths.sum() > 4_000
 
 
-def test_a_large_vocabulary_keeps_its_ids(tmp_path, tokenizer, monkeypatch):
-    class Large:
-        bos_token_id, eos_token_id, pad_token_id, bos_token, eos_token = 1, 2, 0, BOS, EOS
+def large_tokenizer():
+    """One with 100,003 tokens: w0, w1, ... and the three control tokens."""
+    control = {"<pad>": 0, BOS: 1, EOS: 2}
+    backend = Tokenizer(WordLevel(control | {f"w{i}": i + 3 for i in range(100_000)}, unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token="<pad>")
 
-        def __len__(self):
-            return 100_000
 
-    monkeypatch.setattr(lm_dataset, "encode_texts", lambda tokenizer, texts: [[70_000, 99_999] for _ in texts])
-    dataset = PretrainDataset(write_rows(tmp_path / "a.jsonl", [{"text": "x"}]), Large(), 8)
-    assert real_tokens(dataset[0], 4) == [1, 70_000, 99_999, 2]
+def test_a_large_vocabulary_keeps_its_ids(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "w70000 w99999"}])
+    for cache in (None, tmp_path, tmp_path):
+        dataset = PretrainDataset(path, large_tokenizer(), 8, cache_dir=cache)
+        assert real_tokens(dataset[0], 4) == [1, 70_003, 100_002, 2]
 
 
 @pytest.mark.parametrize("kind", [PretrainDataset, PlainTextDataset, SFTDataset])

@@ -1,0 +1,371 @@
+"""Rows to token ids: what a kind of row becomes, and how the result is laid out in rows of max_length tokens.
+
+A recipe says how rows are read and encoded; it runs in processes of its own, so nothing here imports torch or
+transformers. Encoding knows no max_length: what is trained is kept as spans, and cutting, splitting and counting are
+done on whole arrays afterwards, the same way for a batch of a stream and for a memory-mapped file of a million rows.
+
+    encoded = SFTRecipe("all").encode(FrozenTokenizer(tokenizer), [(1, messages)], "a.jsonl")
+    layout = cut_rows(encoded, max_length=340)       # pretraining: split_rows
+    ids, trained, lengths = layout.take([0])
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from types import SimpleNamespace
+from typing import ClassVar
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from dataset.jsonl import pretrain_text, trainable_messages
+from model.chat import encode_texts, render
+
+TRAIN_ON = ("all", "last", "system")
+TEXTS_PER_BATCH = 64  # the fast tokenizer is quickest on batches, as long as they are small
+
+
+@dataclass
+class Encoded:
+    """Documents (pretraining) or conversations as token ids, end to end and not cut to any length.
+
+    ids: uint16, or int32 for a vocabulary of more than 65,536 [N]. lengths: int32 tokens of each document [D].
+    spans: int32 first trained token and the one behind the last, counted from the document's start [S, 2], and
+    span_counts: int32 how many of them belong to each document [D]; both None where every token is trained.
+    rows: good rows that this was made of. empty: those of them without any text. bad: (line, reason) of the others.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    spans: np.ndarray | None = None
+    span_counts: np.ndarray | None = None
+    rows: int = 0
+    empty: int = 0
+    bad: list[tuple[int, str]] = field(default_factory=list)
+
+
+class FrozenTokenizer:
+    """All that encoding asks of a fast tokenizer, without transformers: loaded in no time, and with a digest.
+
+    Args:
+        templates: carry the chat template too; a recipe that renders nothing gives the same digest without it.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one.
+    """
+
+    is_fast = True
+
+    def __init__(self, tokenizer, templates: bool = True):
+        if not tokenizer.is_fast:
+            raise ValueError("this needs a fast tokenizer (with a tokenizer.json); the one given has no such file")
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        # these are settings of the last call, or differ between versions of transformers; encoding uses none of them
+        backend["truncation"] = backend["padding"] = backend["post_processor"] = None
+        self._state = {
+            "backend": backend,
+            "added": [[i, token.content, token.special] for i, token in tokenizer.added_tokens_decoder.items()],
+            "size": len(tokenizer),
+            "special": dict(tokenizer.special_tokens_map),
+            "bos": [tokenizer.bos_token, tokenizer.bos_token_id],
+            "eos": [tokenizer.eos_token, tokenizer.eos_token_id],
+            "templates": [_template(tokenizer, tools) for tools in (None, [{}])] if templates else None,
+        }
+        self._unfold()
+        self.backend_tokenizer = tokenizer.backend_tokenizer  # the same as from the state, and at hand
+
+    def _unfold(self) -> None:
+        state = self._state
+        self.bos_token, self.bos_token_id = state["bos"]
+        self.eos_token, self.eos_token_id = state["eos"]
+        self.special_tokens_map = state["special"]
+        self.added_tokens_decoder = {i: SimpleNamespace(content=c, special=s) for i, c, s in state["added"]}
+
+    def __reduce__(self):
+        return _thaw, (json.dumps(self._state),)
+
+    def __len__(self) -> int:
+        return self._state["size"]
+
+    @cached_property
+    def backend_tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_str(json.dumps(self._state["backend"]))
+
+    @property
+    def digest(self) -> str:
+        """sha256 over everything that could change an id."""
+        return hashlib.sha256(json.dumps(self._state, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def id_dtype(self) -> type:
+        """Two bytes per token where every id of the vocabulary fits."""
+        return np.uint16 if len(self) <= 1 << 16 else np.int32
+
+    def get_chat_template(self, chat_template: None = None, tools: Sequence | None = None) -> str:
+        template, error = self._state["templates"][tools is not None]
+        if template is None:
+            raise ValueError(error)
+        return template
+
+    def decode(self, ids: list[int], clean_up_tokenization_spaces: bool = False) -> str:
+        return self.backend_tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _template(tokenizer, tools: list | None) -> tuple[str | None, str | None]:
+    """The tokenizer's template with or without tools, or why there is none."""
+    try:
+        return tokenizer.get_chat_template(tools=tools), None
+    except ValueError as error:
+        return None, str(error)
+
+
+def _thaw(state: str) -> FrozenTokenizer:
+    tokenizer = FrozenTokenizer.__new__(FrozenTokenizer)
+    tokenizer._state = json.loads(state)
+    tokenizer._unfold()
+    return tokenizer
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """{"text"} rows: documents, each between BOS and EOS. Their tokens are all trained."""
+
+    templated: ClassVar[bool] = False
+
+    def read(self, row: dict) -> str:
+        return pretrain_text(row)
+
+    def encode(self, tokenizer: FrozenTokenizer, rows: Sequence[tuple[int, str]], path: str) -> Encoded:
+        texts, empty = [], 0
+        for _, text in rows:
+            found = split_documents(text, tokenizer.bos_token, tokenizer.eos_token)
+            empty += not found
+            texts += found
+        encoded = encode_documents(tokenizer, texts)
+        encoded.rows, encoded.empty = len(rows), empty
+        return encoded
+
+
+@dataclass(frozen=True)
+class SFTRecipe:
+    """Conversations, rendered by the chat template; `train_on` as in `SFTDataset`."""
+
+    train_on: str = "all"
+    templated: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.train_on not in TRAIN_ON:
+            raise ValueError(f"train_on is {self.train_on!r}: use one of {', '.join(TRAIN_ON)}")
+
+    def read(self, row: dict) -> list[dict]:
+        return trainable_messages(row)
+
+    def encode(self, tokenizer: FrozenTokenizer, rows: Sequence[tuple[int, list[dict]]], path: str) -> Encoded:
+        ids, lengths, spans, counts = _id_array(tokenizer), array("i"), array("i"), array("i")
+        for line, messages in rows:
+            try:
+                row_ids, found = self._render(tokenizer, messages)
+            except ValueError as error:
+                raise ValueError(f"{path}:{line}: {error}") from error
+            ids.extend(row_ids)
+            lengths.append(len(row_ids))
+            counts.append(len(found))
+            for span in found:
+                spans.extend(span)
+        columns = [np.asarray(column) for column in (ids, lengths, spans, counts)]
+        return Encoded(columns[0], columns[1], columns[2].reshape(-1, 2), columns[3], rows=len(rows))
+
+    def _render(self, tokenizer: FrozenTokenizer, messages: list[dict]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a row and the spans of those that are trained."""
+        tools = [tool for message in messages for tool in message.pop("tools", [])]
+        rendered = render(tokenizer, messages, tools=tools or None)
+        ids, mask = rendered.input_ids, rendered.assistant_mask
+        if self.train_on == "last":
+            return ids, runs_of(mask)[-1:]
+        if self.train_on == "system" and messages[0]["role"] == "system" and messages[0]["content"]:
+            start, end = system_span(tokenizer, ids, messages[0]["content"])
+            mask[start:end] = [1] * (end - start)
+        return ids, runs_of(mask)
+
+
+def _id_array(tokenizer: FrozenTokenizer) -> array:
+    return array("H" if tokenizer.id_dtype is np.uint16 else "i")
+
+
+def encode_documents(tokenizer: FrozenTokenizer, texts: Iterable[str]) -> Encoded:
+    """Each text with BOS before and EOS behind it."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids, lengths = _id_array(tokenizer), array("i")
+    texts = iter(texts)
+    with _one_thread():
+        while batch := list(islice(texts, TEXTS_PER_BATCH)):
+            for encoded in encode_texts(tokenizer, batch):
+                ids.append(bos)
+                ids.extend(encoded)
+                ids.append(eos)
+                lengths.append(len(encoded) + 2)
+    return Encoded(np.asarray(ids), np.asarray(lengths))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let `tokenizers` start no threads: many versions warn about every later fork then, such as a DataLoader's.
+
+    Large files are encoded by several processes instead.
+    """
+    name = "TOKENIZERS_PARALLELISM"
+    if name in os.environ:  # the user has decided
+        yield
+        return
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def split_documents(text: str, bos: str, eos: str) -> list[str]:
+    """The documents of a text in which BOS and EOS may be written out, without them; blank ones are left out."""
+    begin, end = re.escape(bos), re.escape(eos)
+    text = re.sub(rf"\A\s*{begin}", "", text)
+    text = re.sub(rf"{end}\s*\Z", "", text)
+    # only spaces: a line break between them is how a chat is written, and a chat is one document
+    return [document for document in re.split(f"{end} *{begin}", text) if document.strip()]
+
+
+def runs_of(mask: list[int]) -> list[tuple[int, int]]:
+    """(start, end) of each run of ones: of each reply, as a header stands between any two."""
+    flags, runs, end = bytes([*mask, 0]), [], 0
+    while (start := flags.find(1, end)) >= 0:
+        end = flags.find(0, start)
+        runs.append((start, end))
+    return runs
+
+
+def system_span(tokenizer: FrozenTokenizer, ids: list[int], content: str) -> tuple[int, int]:
+    """(start, end) of the tokens of the system prompt `content` at the beginning of a rendered row.
+
+    Found by decoding, as a token may hold the end of the header together with the beginning of the text; such a token
+    is not trained. The end marker is within the span if it follows directly.
+    """
+    stop = ids.index(tokenizer.eos_token_id)
+
+    def tokens_until(text: str) -> int:
+        """How many tokens it takes to write the role and `text` (bisection: more tokens never write less)."""
+        low, high = 1, stop
+        while low < high:
+            middle = (low + high) // 2
+            written = tokenizer.decode(ids[1:middle], clean_up_tokenization_spaces=False)
+            low, high = (low, middle) if written.startswith(text) else (middle + 1, high)
+        return low
+
+    start, end = tokens_until("system\n"), tokens_until("system\n" + content)
+    return start, end + (end == stop)
+
+
+# --- rows of max_length tokens ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Layout:
+    """Where rows of at most max_length tokens lie in an `Encoded`. Made by `split_rows` and `cut_rows`.
+
+    starts, lengths: int64 first token and number of tokens of each row [R]. first_span, span_counts: where its spans
+    are [R], None where every token is trained. report: counts, see the datasets.
+    """
+
+    encoded: Encoded
+    max_length: int
+    lay_out: Callable[[Encoded, int], Layout]
+    starts: np.ndarray
+    lengths: np.ndarray
+    report: dict[str, int]
+    first_span: np.ndarray | None = None
+    span_counts: np.ndarray | None = None
+
+    def __reduce__(self):
+        # laid out anew by who receives it: that is quick, and a mapped `encoded` is then but a path
+        return self.lay_out, (self.encoded, self.max_length)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The rows `indices` end to end: token ids int64 [N], trained bool [N], their lengths int64 [len(indices)].
+
+        A row's first token is not trained: nothing in the row predicts it. Raises IndexError.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        lengths = self.lengths[indices]
+        begins = np.cumsum(lengths) - lengths
+        total = int(lengths.sum())
+        ids = self.encoded.ids[np.repeat(self.starts[indices] - begins, lengths) + np.arange(total)]
+        if self.first_span is None:
+            trained = np.ones(total, dtype=bool)
+        else:
+            trained = self._trained(indices, lengths, begins, total)
+        trained[begins] = False
+        return ids.astype(np.int64), trained, lengths
+
+    def _trained(self, indices: np.ndarray, lengths: np.ndarray, begins: np.ndarray, total: int) -> np.ndarray:
+        counts = self.span_counts[indices]
+        before = np.cumsum(counts) - counts
+        spans = self.encoded.spans[np.repeat(self.first_span[indices] - before, counts) + np.arange(counts.sum())]
+        edges = np.minimum(spans, np.repeat(lengths, counts)[:, None]) + np.repeat(begins, counts)[:, None]  # [s, 2]
+        opened, closed = (np.bincount(edge, minlength=total + 1) for edge in edges.T)
+        return np.cumsum(opened - closed)[:total] > 0
+
+
+def split_rows(encoded: Encoded, max_length: int) -> Layout:
+    """Rows that share one token where a document is longer than one, so each token but its first is a Y once."""
+    lengths = encoded.lengths.astype(np.int64)
+    stride = max_length - 1
+    rows = -(-(lengths - 1) // stride)  # [D]
+    first_row, first_token = np.cumsum(rows) - rows, np.cumsum(lengths) - lengths
+    offset = (np.arange(rows.sum()) - np.repeat(first_row, rows)) * stride  # [R] from the document's first token
+    starts = np.repeat(first_token, rows) + offset
+    row_lengths = np.minimum(np.repeat(lengths, rows) - offset, max_length)
+    report = {
+        "rows": len(starts),
+        "documents": len(lengths),
+        "split": int((lengths > max_length).sum()),
+        "tokens": int(lengths.sum()),
+        "trained_tokens": int((row_lengths - 1).sum()),
+    }
+    return Layout(encoded, max_length, split_rows, starts, row_lengths, report)
+
+
+def cut_rows(encoded: Encoded, max_length: int) -> Layout:
+    """The first max_length tokens of each document; those of which no trained token is left are dropped."""
+    whole, counts = encoded.lengths.astype(np.int64), encoded.span_counts
+    starts, lengths = np.cumsum(whole) - whole, np.minimum(whole, max_length)
+    begin, end = encoded.spans.T  # [S]
+    limit = np.repeat(lengths, counts)
+    trained_of_span = np.clip(end, 1, limit) - np.clip(begin, 1, limit)  # a row's first token is no Y
+    totals = np.cumsum(np.append(0, trained_of_span))
+    last_span = np.cumsum(counts, dtype=np.int64)
+    first_span = last_span - counts
+    trained = totals[last_span] - totals[first_span]  # [D]
+    kept = np.flatnonzero(trained)
+    report = {
+        "rows": len(kept),
+        "tokens": int(lengths[kept].sum()),
+        "trained_tokens": int(trained.sum()),
+        "cut": int((whole > max_length).sum()),
+        "replies_cut": int(((begin < max_length) & (end > max_length)).sum()),
+        "replies_lost": int((begin >= max_length).sum()),
+        "dropped": len(whole) - len(kept),  # a batch of such rows has no loss to divide
+    }
+    return Layout(encoded, max_length, cut_rows, starts[kept], lengths[kept], report, first_span[kept], counts[kept])
