@@ -28,7 +28,7 @@ def map_in_processes(job: Callable, batches: Iterator, count: int) -> Iterator:
         batches: an error of theirs (ValueError, OSError) is raised when the results before it were taken.
 
     Raises:
-        RuntimeError: a process died.
+        ChildProcessError: a process died.
     """
     failure, sent, taken = None, 0, 0
     busy: dict[Connection, int] = {}  # the number of the batch that it works on
@@ -72,8 +72,8 @@ def _receive(connection: Connection) -> object:
         raise _died() from error
 
 
-def _died() -> RuntimeError:
-    return RuntimeError(
+def _died() -> ChildProcessError:
+    return ChildProcessError(
         "a process that tokenises ended without a result: its own message, if any, is above. If the system ended it "
         "for want of memory, close other programs, or let fewer processes work (taskset on Linux)"
     )

@@ -134,7 +134,7 @@ def encoded_batches(reader: RowReader, tokenizer, recipe: Recipe, workers: int |
             caller's main script, so that needs no `if __name__ == "__main__"`. Close the generator to end them early.
 
     Raises:
-        BadRow, ValueError, OSError: where and when reading row by row would. RuntimeError: a process died.
+        BadRow, ValueError, OSError: where and when reading row by row would. ChildProcessError: a process died.
     """
     if not isinstance(tokenizer, FrozenTokenizer):
         tokenizer = FrozenTokenizer(tokenizer, recipe.templated)
