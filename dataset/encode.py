@@ -16,6 +16,7 @@ import json
 import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from dataset.jsonl import pretrain_text, trainable_messages
 from model.chat import encode_texts, render
 
 TRAIN_ON = ("all", "last", "system")
+DOCUMENTS_PER_CHUNK = 1 << 16
 TEXTS_PER_BATCH = 64  # the fast tokenizer is quickest on batches, as long as they are small
 
 
@@ -282,16 +284,16 @@ def system_span(tokenizer: FrozenTokenizer, ids: list[int], content: str) -> tup
 class Layout:
     """Where rows of at most max_length tokens lie in an `Encoded`. Made by `split_rows` and `cut_rows`.
 
-    starts, lengths: int64 first token and number of tokens of each row [R]. first_span, span_counts: where its spans
+    starts: first token of each row [R]. lengths: int64 tokens of each row [R]. first_span, span_counts: where its spans
     are [R], None where every token is trained. report: counts, see the datasets.
     """
 
     encoded: Encoded
     max_length: int
     lay_out: Callable[[Encoded, int], Layout]
+    report: dict[str, int]
     starts: np.ndarray
     lengths: np.ndarray
-    report: dict[str, int]
     first_span: np.ndarray | None = None
     span_counts: np.ndarray | None = None
 
@@ -311,7 +313,7 @@ class Layout:
         lengths = self.lengths[indices]
         begins = np.cumsum(lengths) - lengths
         total = int(lengths.sum())
-        ids = self.encoded.ids[np.repeat(self.starts[indices] - begins, lengths) + np.arange(total)]
+        ids = self.encoded.ids[np.repeat(self.starts[indices].astype(np.int64) - begins, lengths) + np.arange(total)]
         if self.first_span is None:
             trained = np.ones(total, dtype=bool)
         else:
@@ -322,7 +324,8 @@ class Layout:
     def _trained(self, indices: np.ndarray, lengths: np.ndarray, begins: np.ndarray, total: int) -> np.ndarray:
         counts = self.span_counts[indices]
         before = np.cumsum(counts) - counts
-        spans = self.encoded.spans[np.repeat(self.first_span[indices] - before, counts) + np.arange(counts.sum())]
+        first = self.first_span[indices].astype(np.int64)
+        spans = self.encoded.spans[np.repeat(first - before, counts) + np.arange(counts.sum())]
         edges = np.minimum(spans, np.repeat(lengths, counts)[:, None]) + np.repeat(begins, counts)[:, None]  # [s, 2]
         opened, closed = (np.bincount(edge, minlength=total + 1) for edge in edges.T)
         return np.cumsum(opened - closed)[:total] > 0
@@ -330,33 +333,59 @@ class Layout:
 
 def split_rows(encoded: Encoded, max_length: int) -> Layout:
     """Rows that share one token where a document is longer than one, so each token but its first is a Y once."""
-    lengths = encoded.lengths.astype(np.int64)
+    return _lay_out(encoded, max_length, split_rows, _split_chunk)
+
+
+def cut_rows(encoded: Encoded, max_length: int) -> Layout:
+    """The first max_length tokens of each document; those of which no trained token is left are dropped."""
+    return _lay_out(encoded, max_length, cut_rows, _cut_chunk)
+
+
+def _lay_out(encoded: Encoded, max_length: int, lay_out: Callable, chunk: Callable) -> Layout:
+    """Chunk after chunk: on all documents at once, what is in between would take more memory than the result."""
+    # an index takes four bytes where that is enough
+    small = np.uint32 if len(encoded.ids) < 1 << 32 else np.int64
+    kinds = [small, np.int64, small, np.int32]  # there are fewer spans than tokens
+    columns: list[list[np.ndarray]] = [[] for _ in kinds]
+    report, token, span = Counter(), 0, 0
+    for at in range(0, max(len(encoded.lengths), 1), DOCUMENTS_PER_CHUNK):
+        lengths = encoded.lengths[at : at + DOCUMENTS_PER_CHUNK].astype(np.int64)
+        starts = token + np.cumsum(lengths) - lengths
+        counts = None if encoded.span_counts is None else encoded.span_counts[at : at + DOCUMENTS_PER_CHUNK]
+        of_rows, found = chunk(encoded, max_length, starts, lengths, counts, span)
+        for column, values, kind in zip(columns, of_rows, kinds, strict=False):
+            column.append(values.astype(kind))
+        report.update(found)
+        token += int(lengths.sum())
+        span += 0 if counts is None else int(counts.sum())
+    joined = [np.concatenate(column) for column in columns if column]
+    return Layout(encoded, max_length, lay_out, dict(report), *joined)
+
+
+def _split_chunk(_, max_length: int, first_token: np.ndarray, lengths: np.ndarray, *__) -> tuple[tuple, dict[str, int]]:
     stride = max_length - 1
     rows = -(-(lengths - 1) // stride)  # [D]
-    first_row, first_token = np.cumsum(rows) - rows, np.cumsum(lengths) - lengths
-    offset = (np.arange(rows.sum()) - np.repeat(first_row, rows)) * stride  # [R] from the document's first token
-    starts = np.repeat(first_token, rows) + offset
+    offset = (np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)) * stride  # [R] from the document's start
     row_lengths = np.minimum(np.repeat(lengths, rows) - offset, max_length)
     report = {
-        "rows": len(starts),
+        "rows": len(row_lengths),
         "documents": len(lengths),
         "split": int((lengths > max_length).sum()),
         "tokens": int(lengths.sum()),
         "trained_tokens": int((row_lengths - 1).sum()),
     }
-    return Layout(encoded, max_length, split_rows, starts, row_lengths, report)
+    return (np.repeat(first_token, rows) + offset, row_lengths), report
 
 
-def cut_rows(encoded: Encoded, max_length: int) -> Layout:
-    """The first max_length tokens of each document; those of which no trained token is left are dropped."""
-    whole, counts = encoded.lengths.astype(np.int64), encoded.span_counts
-    starts, lengths = np.cumsum(whole) - whole, np.minimum(whole, max_length)
-    begin, end = encoded.spans.T  # [S]
-    limit = np.repeat(lengths, counts)
-    trained_of_span = np.clip(end, 1, limit) - np.clip(begin, 1, limit)  # a row's first token is no Y
-    totals = np.cumsum(np.append(0, trained_of_span))
+def _cut_chunk(
+    encoded: Encoded, max_length: int, starts: np.ndarray, whole: np.ndarray, counts: np.ndarray, span: int
+) -> tuple[tuple, dict[str, int]]:
+    lengths = np.minimum(whole, max_length)
     last_span = np.cumsum(counts, dtype=np.int64)
     first_span = last_span - counts
+    begin, end = encoded.spans[span : span + int(counts.sum())].T  # [S]
+    limit = np.repeat(lengths, counts)
+    totals = np.cumsum(np.append(0, np.clip(end, 1, limit) - np.clip(begin, 1, limit)))  # a row's first is no Y
     trained = totals[last_span] - totals[first_span]  # [D]
     kept = np.flatnonzero(trained)
     report = {
@@ -368,4 +397,4 @@ def cut_rows(encoded: Encoded, max_length: int) -> Layout:
         "replies_lost": int((begin >= max_length).sum()),
         "dropped": len(whole) - len(kept),  # a batch of such rows has no loss to divide
     }
-    return Layout(encoded, max_length, cut_rows, starts[kept], lengths[kept], report, first_span[kept], counts[kept])
+    return (starts[kept], lengths[kept], span + first_span[kept], counts[kept]), report

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from dataset import jsonl, token_cache
+from dataset import encode, jsonl, token_cache
 from dataset.encode import Encoded, FrozenTokenizer, PretrainRecipe, SFTRecipe, cut_rows, runs_of, split_rows
 from dataset.jsonl import BadRow, read_rows
 from dataset.lm_dataset import PretrainDataset, SFTDataset
@@ -139,7 +139,9 @@ def test_take_gives_rows_end_to_end(source, cache, tokenizer, max_length):
         dataset.take([len(expected)])
 
 
-def test_take_of_documents(source, tokenizer):
+@pytest.mark.parametrize("chunk", [7, 1 << 16])
+def test_take_of_documents(source, tokenizer, chunk, monkeypatch):
+    monkeypatch.setattr(encode, "DOCUMENTS_PER_CHUNK", chunk)
     dataset = PretrainDataset(source, tokenizer, 20)
     texts = [row["text"] for _, row in read_rows(source)]
     documents = [[tokenizer.bos_token_id, *encode_text(tokenizer, t), tokenizer.eos_token_id] for t in texts]
@@ -149,7 +151,9 @@ def test_take_of_documents(source, tokenizer):
     assert trained.tolist() == [i > 0 for row in rows for i in range(len(row))]
 
 
-def test_cutting_whole_arrays_counts_like_cutting_row_by_row():
+@pytest.mark.parametrize("chunk", [7, 1 << 16])
+def test_cutting_whole_arrays_counts_like_cutting_row_by_row(chunk, monkeypatch):
+    monkeypatch.setattr(encode, "DOCUMENTS_PER_CHUNK", chunk)
     rng = random.Random(2)
     masks = [[rng.choice([0, 0, 0, 1, 1]) for _ in range(rng.randint(1, 12))] for _ in range(300)]
     spans = [runs_of(mask) for mask in masks]
