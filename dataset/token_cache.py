@@ -7,10 +7,10 @@ file, recipe, tokenizer, chat template and state of the code that encodes (toget
     for encoded in encoded_batches(read_rows("dataset/sft.jsonl"), tokenizer, SFTRecipe("all")):  # a stream, no cache
 
 When a cache is opened its source is compared by size, modification time and sampled blocks (32 of 64 KB, the first and
-the last among them); where only the time or nothing but those differ, the digest of the whole file decides. What this
-misses: an edit that keeps the size and the time (to the nanosecond) and touches none of the blocks. Delete the cache
-folder after such a trick. What it does not look for: damage to the cache's own files that keeps their size. A template
-that asks for today's date is rendered with the date of the build.
+the last among them). All equal: it is the same. Another size: it changed. Else the digest of the whole file decides.
+What this misses: an edit that keeps the size and the time (to the nanosecond) and touches none of the blocks. Delete
+the cache folder after such a trick. What it does not look for: damage to the cache's own files that keeps their size.
+A template that asks for today's date is rendered with the date of the build.
 
 The files are `{name}-{key}.json`, the record, and `{name}-{key}-{random}.ids` and so on, which it names. The record is
 written last, so a build that was interrupted is none. Old keys are left alone: the folder may be deleted at any time.
