@@ -162,7 +162,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     is Liger Kernel's fused linear cross-entropy (https://arxiv.org/abs/2410.10989, section 3.2), in plain torch.
     """
 
-    CHUNK = 512  # tokens
+    CHUNK = {"cpu": 512}  # tokens at a time: logits that stay in the cache of a CPU ...
+    LARGE_CHUNK = 8192  # ... and that keep a GPU busy
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -174,8 +175,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         with torch.autocast(device, enabled=False):
             w = weight.to(dtype)
-            for start in range(0, len(hidden), LinearCrossEntropy.CHUNK):
-                part = slice(start, start + LinearCrossEntropy.CHUNK)
+            size = LinearCrossEntropy.CHUNK.get(device, LinearCrossEntropy.LARGE_CHUNK)
+            for start in range(0, len(hidden), size):
+                part = slice(start, start + size)
                 h, target = hidden[part].to(dtype), targets[part]
                 valid = (target != -100)[:, None]
                 target = target.clamp(min=0)[:, None]
@@ -384,10 +386,22 @@ class MoE(nn.Module):
         elif self.normalise:
             # a lone weight normalises to 1; divided by a constant copy of itself it is 1 and still has a gradient
             weights = weights / weights.detach()
-        out = (self.dispatch if x.device.type == "cpu" else self.run_all)(flat, weights, chosen)
+        out = self.way(flat)(flat, weights, chosen)
         for expert in self.shared_experts:
             out = out + expert(flat)
         return out.view_as(x), self.balance_loss(scores, chosen, token_weights, sequences)
+
+    def way(self, flat: torch.Tensor):
+        """The method that runs the experts: the one that costs least where the host must not wait for the device."""
+        device = flat.device.type
+        if device == "cpu":
+            return self.dispatch
+        half = (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else flat.dtype) == torch.bfloat16
+        plain = self.experts[0].output_gate is None and not (self.training and self.experts[0].dropout)
+        aligned = all(dim % 8 == 0 for dim in self.experts[0].gate_proj.weight.shape)  # to the kernel's 16 bytes
+        if device == "cuda" and half and plain and aligned and hasattr(F, "grouped_mm"):
+            return self.run_grouped if torch.cuda.get_device_capability() >= (8, 0) else self.run_all
+        return self.run_all
 
     def dispatch(self, flat: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Each expert runs on its own tokens. The shapes depend on the routing, which is free to know on a CPU."""
@@ -397,6 +411,22 @@ class MoE(nn.Module):
         # an expert without tokens runs on none: its zero gradient keeps DDP from waiting for it
         parts = [e(part) for e, part in zip(self.experts, flat[tokens].split(counts), strict=True)]
         parts = torch.cat(parts) * weights.flatten()[order, None].to(parts[0].dtype)
+        return torch.zeros_like(flat, dtype=parts.dtype).index_add(0, tokens, parts)
+
+    def run_grouped(self, flat: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Each expert runs on its own tokens, all in one grouped product; how many they are stays on the GPU."""
+        experts, order = chosen.flatten().sort(stable=True)
+        tokens = order // self.top_k
+        ends = torch.searchsorted(experts, torch.arange(len(self.experts), device=flat.device), right=True).int()
+
+        def product(x: torch.Tensor, name: str) -> torch.Tensor:
+            stacked = torch.stack([getattr(expert, name).weight for expert in self.experts]).to(x.dtype)
+            return F.grouped_mm(x, stacked.transpose(1, 2), offs=ends)
+
+        device = flat.device.type
+        x = flat[tokens].to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else flat.dtype)
+        parts = product(self.experts[0].act(product(x, "gate_proj")) * product(x, "up_proj"), "down_proj")
+        parts = parts * weights.flatten()[order, None].to(parts.dtype)
         return torch.zeros_like(flat, dtype=parts.dtype).index_add(0, tokens, parts)
 
     def run_all(self, flat: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -516,12 +546,14 @@ class MiniMindModel(MiniMindPreTrainedModel):
             key_len = self._key_length(past_key_values, past_len, T)
             bias = attention_bias(attention_mask, document_ids, T, past_len, key_len, x.device)
         bounds = cu_seqlens if bias is None else None
+        if bounds is not None:  # how many documents there are differs from batch to batch: not compiled for each
+            torch._dynamo.maybe_mark_dynamic(bounds, 0)
         cos, sin = rope_tables(self.config, position_ids)
         balance = None
         if self.config.use_moe:
             if token_weights is None:
                 token_weights = self._real_tokens(attention_mask, document_ids, x)
-            balance = token_weights, self._sequences(cu_seqlens, x)
+            balance = token_weights, self._sequences(document_ids, cu_seqlens, x)
 
         states, aux_losses = [x], []
         for layer in self.layers:
@@ -559,13 +591,15 @@ class MiniMindModel(MiniMindPreTrainedModel):
         return can_attend(device, dtype, self.config.head_dim, dropout)
 
     @staticmethod
-    def _sequences(cu_seqlens, x: torch.Tensor) -> torch.Tensor:
-        """[B * T] int64: the number of the document, or else of the row, that each token is in."""
+    def _sequences(document_ids, cu_seqlens, x: torch.Tensor) -> torch.Tensor:
+        """[B * T] int64, below B * T: a number for the document, or else the row, that each token is in."""
         B, T, _ = x.shape
         places = torch.arange(B * T, device=x.device)
-        if cu_seqlens is None:
-            return places // T
-        return torch.bucketize(places, cu_seqlens[1:], right=True)
+        if cu_seqlens is not None:
+            return torch.bucketize(places, cu_seqlens[1:], right=True)
+        if document_ids is not None:  # (padding counts for nothing, so it may go with the first document)
+            return places // T * T + (document_ids.flatten() - 1).clamp(min=0)
+        return places // T
 
     @staticmethod
     def _real_tokens(attention_mask, document_ids, x) -> torch.Tensor:
@@ -659,6 +693,14 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             tokens=tokens,
             aux_loss=output.aux_loss,
         )
+
+    def compile_blocks(self) -> None:
+        """torch.compile every block in place; they share one graph for training and one for evaluation.
+
+        Of a mixture only the attention: how many tokens an expert gets is known to no compiler.
+        """
+        for layer in self.model.layers:
+            (layer.self_attn if self.config.use_moe else layer).compile()
 
     def loss(self, hidden: torch.Tensor, labels: torch.Tensor, label_positions: torch.Tensor | None = None):
         """Summed cross-entropy in fp32 and its number of tokens; hidden [B, T, H], labels [B, T]."""

@@ -565,7 +565,7 @@ def naive_mixture(moe, x):
     return torch.stack(rows).view_as(x)
 
 
-@pytest.mark.parametrize("path", ["dispatch", "run_all"])
+@pytest.mark.parametrize("path", ["dispatch", "run_grouped", "run_all"])
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_mixture_equals_token_by_token_loop(mixture, path, grad):
     kind, changes = MIXTURES[mixture]
@@ -690,7 +690,7 @@ def test_balance_loss_ignores_padding(seq_aux):
     assert_close(model(row, document_ids=numbers, labels=labels).aux_loss, model(ids, labels=ids).aux_loss, 1e-7)
 
 
-@pytest.mark.parametrize("path", ["dispatch", "run_all"])
+@pytest.mark.parametrize("path", ["dispatch", "run_grouped", "run_all"])
 def test_expert_without_tokens_has_a_zero_gradient(path, grad):
     model = tiny("v3-moe", num_hidden_layers=1)
     moe = model.model.layers[0].mlp
