@@ -16,7 +16,8 @@ import torch
 from model.chat import encode_text, render
 from model.generation import load_folder, load_for_inference, reply, sampling_options
 from trainer.arguments import ROOT, add_model_flags, friendly_errors, input_path, stated_sizes, weights_dir, zero_or_one
-from trainer.trainer_utils import choose_device, choose_dtype, setup_seed
+from trainer.hardware import choose_device, choose_dtype
+from trainer.trainer_utils import setup_seed
 
 # asked one after the other by --auto 1; add your own
 PROMPTS = [

@@ -109,6 +109,8 @@ class PretrainDataset(TokenRows):
         ValueError, OSError, BadRow: what `dataset.token_cache.tokenise` raises; no document at all; max_length < 2.
     """
 
+    recipe = PretrainRecipe
+
     def __init__(
         self,
         path: str | Path,
@@ -198,6 +200,8 @@ class SFTDataset(TokenRows):
     Raises:
         ValueError, OSError, BadRow: what `dataset.token_cache.tokenise` raises; no row is left; max_length < 2.
     """
+
+    recipe = SFTRecipe
 
     def __init__(
         self,

@@ -1,12 +1,12 @@
-"""The collator: items of a dataset become one batch without waste, several documents to a row.
+"""Rows for a run: documents packed into rows of max_length tokens, and the collator that makes batches of rows.
 
-Documents are packed whole, first-fit-decreasing, so a batch costs what its tokens cost and not what padding would.
-`document_ids` keeps them apart: a token attends only to tokens of the same id in its row (a block-diagonal causal
-mask), and `position_ids` start again at 0 in every document, so a packed document gets the logits that it would get
-in a row of its own.
+Packing is by best fit, so nearly every position of a batch is a real token. Documents stay apart: attention ends at
+their borders (`cu_seqlens`, `document_ids`), positions start again at 0, and no label crosses a border, so a packed
+document gets the loss and the gradients that it would get alone.
 
-    loader = DataLoader(dataset, batch_size=32, collate_fn=Collator(max_length=512, pad_token_id=0))
-    batch = next(iter(loader))                       # input_ids, labels, position_ids, document_ids: [R, T]
+    rows = Rows(dataset, packing=True, seed=42)
+    loader = DataLoader(rows, batch_size=16, collate_fn=Collator(dataset.max_length, pad_token_id=0))
+    rows.set_epoch(1)                                # other documents meet in a row; how many rows never changes
 """
 
 from __future__ import annotations
@@ -15,12 +15,61 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 IGNORE_INDEX = -100
 
 
+class Rows(Dataset):
+    """What a run trains on: item i is a row, (token ids [N], trained or not [N], lengths of its documents [D]).
+
+    Args:
+        dataset: gives `lengths` (of its documents), `max_length` and `take(indices)`: see `dataset.lm_dataset`.
+        packing: several documents to a row, else one.
+        seed: with the epoch it decides which documents of equal length go where.
+
+    Attributes:
+        report: that of the dataset, with packed_rows and fill, the share of the rows' positions that hold a token.
+    """
+
+    def __init__(self, dataset, packing: bool = True, seed: int = 42):
+        self.dataset, self.packing, self.seed = dataset, packing, seed
+        lengths = dataset.lengths
+        self._row_of = best_fit(lengths, dataset.max_length) if packing else np.arange(len(lengths))
+        sizes = np.bincount(self._row_of)  # [R] documents of each row
+        self._ends = np.cumsum(sizes)
+        fill = float(lengths.sum() / (len(self) * dataset.max_length))
+        self.report = dataset.report | {"packed_rows": len(self), "fill": round(fill, 4)}
+        self.set_epoch(0)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Deal the documents out anew: any document may take the place of another of its length."""
+        if not self.packing:
+            self._documents = np.arange(len(self._row_of))
+            return
+        shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(self._row_of))
+        by_length = shuffled[np.argsort(-self.dataset.lengths[shuffled], kind="stable")]
+        self._documents = by_length[np.argsort(self._row_of, kind="stable")]
+
+    def documents(self, index: int) -> np.ndarray:
+        """Indices of the documents of a row, int64 [D]."""
+        return self._documents[self._ends[index - 1] if index else 0 : self._ends[index]]
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.dataset.take(self.documents(range(len(self))[index]))
+
+    def summary(self) -> str:
+        """One line: that of the dataset, and what packing makes of it."""
+        positions = f"{self.dataset.max_length:,} tokens, {self.report['fill']:.1%} full"
+        how = f"packed into {len(self):,} rows of" if self.packing else "one to a row of"
+        return f"{self.dataset.summary()}; {how} {positions}"
+
+
 class Collator:
-    """Packs (X, Y, loss_mask) items, or pads them when `pack` is false, into a dict of int64 tensors [R, T].
+    """Lays rows out as a dict of tensors; B rows of T = max_length positions.
 
     `labels` follow the Hugging Face convention, in which the model does the shift: labels[t] is the token at t itself,
     or -100 where it is not trained, and the model compares logits[t - 1] with labels[t]. So the same batch can be
@@ -28,90 +77,79 @@ class Collator:
     -100, which also keeps the shift from crossing the border between two documents.
 
     Args:
-        max_length: tokens that a packed row may hold.
-        pad_token_id: id of the padding in the items, and written into the batch.
-        pack: True: as few rows as first-fit-decreasing finds (R <= number of items, T the longest row).
-            False: one document per row, in order (R = number of items, T the longest document).
+        max_length: positions of a row. pad_token_id: what the rest of a row is filled with.
 
-    Returns, when called with a list of items:
-        input_ids: padded with pad_token_id. labels: -100 on pads. position_ids: 0.. per document, 0 on pads.
-        document_ids: 1, 2, ... per row, 0 on pads.
+    Returns, when called with a list of rows as `Rows` gives them:
+        input_ids, labels (-100 on pads), position_ids (0.. in each document, 0 on pads), document_ids (1, 2, ... in
+        each row, 0 on pads): int64 [B, T].
+        cu_seqlens: int32 [documents + 1], where each document of the flattened batch begins, the rest of a row that is
+        not full being one too, and B * T at the end.
+        label_positions: int64 [labels], the places in the flattened batch whose next token has a label.
 
     Raises:
-        ValueError: an item holds more than `max_length` tokens, or no item has a token.
+        ValueError: a row holds more than max_length tokens.
     """
 
-    def __init__(self, max_length: int, pad_token_id: int, pack: bool = True):
-        self.max_length, self.pad_token_id, self.pack = max_length, pad_token_id, pack
+    def __init__(self, max_length: int, pad_token_id: int):
+        self.max_length, self.pad_token_id = max_length, pad_token_id
 
-    def __call__(self, items: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        tokens, labels, lengths = self._documents(items)
-        if lengths.max(initial=0) > self.max_length:
-            raise ValueError(
-                f"a document has {lengths.max():,} tokens but a row holds {self.max_length:,}: give dataset and "
-                "collator the same max_length"
-            )
-        rows = first_fit_decreasing(lengths, self.max_length) if self.pack else [[i] for i in range(len(lengths))]
-        return self._lay_out(tokens, labels, lengths, rows)
-
-    def _documents(self, items: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids and labels of the items' documents, end to end [N], and their lengths [D]."""
-        columns = [torch.stack(list(column)).numpy() for column in zip(*items, strict=True)]
-        x, y, trained = columns[0], columns[1], columns[2].astype(bool)  # [B, L - 1]
-        ids = np.concatenate([x, y[:, -1:]], axis=1)  # [B, L]; X and Y are this without its last, without its first
-        trained = np.pad(trained, ((0, 0), (1, 0)))  # [B, L], now aligned with ids
-        # a pad id inside a document is a token like others; only what follows the last real token is padding
-        real = (ids != self.pad_token_id) | trained
-        lengths = np.where(real.any(axis=1), ids.shape[1] - real[:, ::-1].argmax(axis=1), 0)
-        inside = np.arange(ids.shape[1]) < lengths[:, None]
-        labels = np.where(trained, ids, IGNORE_INDEX)
-        lengths = lengths[lengths > 0]
-        if not len(lengths):
-            raise ValueError(f"none of the {len(items)} items has a token: all are padding ({self.pad_token_id})")
-        return ids[inside], labels[inside], lengths
-
-    def _lay_out(
-        self, tokens: np.ndarray, labels: np.ndarray, lengths: np.ndarray, rows: list[list[int]]
-    ) -> dict[str, torch.Tensor]:
-        width = max(int(lengths[row].sum()) for row in rows)
-        starts = np.empty_like(lengths)  # [D] place of a document's first token in the flattened batch
-        numbers = np.empty_like(lengths)  # [D] 1, 2, ... in its row
-        for r, row in enumerate(rows):
-            ends = np.cumsum(lengths[row])
-            starts[row] = r * width + ends - lengths[row]
-            numbers[row] = np.arange(1, len(row) + 1)
-        positions = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # [N]
-        places = np.repeat(starts, lengths) + positions  # [N]
-
-        def spread(values: np.ndarray, fill: int) -> torch.Tensor:
-            flat = np.full(len(rows) * width, fill, dtype=np.int64)
-            flat[places] = values
-            return torch.from_numpy(flat).view(len(rows), width)
-
-        return {
-            "input_ids": spread(tokens, self.pad_token_id),
-            "labels": spread(labels, IGNORE_INDEX),
-            "position_ids": spread(positions, 0),
-            "document_ids": spread(np.repeat(numbers, lengths), 0),
-        }
+    def __call__(self, rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+        T, sizes = self.max_length, [len(ids) for ids, _, _ in rows]
+        if max(sizes) > T:
+            raise ValueError(f"a row has {max(sizes):,} tokens but may hold {T:,}: give dataset and collator the same")
+        ids, labels = np.full((len(rows), T), self.pad_token_id), np.full((len(rows), T), IGNORE_INDEX)
+        positions, numbers = np.zeros_like(ids), np.zeros_like(ids)
+        starts = []
+        for r, (row_ids, trained, lengths) in enumerate(rows):
+            size, ends = len(row_ids), np.cumsum(lengths)
+            ids[r, :size] = row_ids
+            labels[r, :size][trained] = row_ids[trained]
+            labels[r, ends - lengths] = IGNORE_INDEX
+            positions[r, :size] = np.arange(size) - np.repeat(ends - lengths, lengths)
+            numbers[r, :size] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+            starts.append(r * T + np.append(ends - lengths, [size] if size < T else []))
+        cu_seqlens = np.concatenate([*starts, [len(rows) * T]])
+        batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "document_ids": numbers}
+        batch |= {"cu_seqlens": cu_seqlens.astype(np.int32)}
+        batch |= {"label_positions": np.flatnonzero(labels != IGNORE_INDEX) - 1}  # never 0: a document's first has none
+        return {name: torch.from_numpy(np.ascontiguousarray(array, array.dtype)) for name, array in batch.items()}
 
 
-def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Rows of document indices, each row's lengths summing to at most `capacity`; at most 11/9 of the best + 1 rows.
+def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """The row of each document, int64 [documents], the documents taken from the longest to the shortest.
 
-    The longest document is placed first, each into the first row that has room for it (Johnson 1973). Equal lengths
-    keep their order, the documents of a row are in order, and rows are ordered by their first document, so the result
-    depends on nothing but `lengths`.
+    Best fit decreasing: each goes into the fullest row that has room for it (https://arxiv.org/abs/2404.10830 uses it
+    for pretraining). Rows with equal room are alike, so all documents of one length are placed together, and the time
+    grows with how many lengths there are: milliseconds for a million documents.
+
+    Raises:
+        ValueError: a document is longer than capacity.
     """
-    rows: list[list[int]] = []
-    room = np.zeros(len(lengths), dtype=np.int64)  # of a row not yet begun: set when it is
-    for index in np.argsort(-lengths, kind="stable"):
-        length = lengths[index]
-        row = int(np.argmax(room[: len(rows)] >= length)) if rows else 0
-        if row == len(rows) or room[row] < length:  # argmax of all False is 0
-            row = len(rows)
-            room[row] = capacity
-            rows.append([])
-        room[row] -= length
-        rows[row].append(int(index))
-    return sorted(sorted(row) for row in rows)
+    counts = np.bincount(lengths, minlength=capacity + 1)
+    if len(counts) > capacity + 1:
+        raise ValueError(f"a document has {len(counts) - 1:,} tokens but a row holds {capacity:,}: give both the same")
+    with_room: dict[int, np.ndarray] = {}  # room -> the rows that have as much
+    rooms, opened, placed = 0, 0, []  # rooms: bit r is set if with_room has r
+    for length in np.flatnonzero(counts[1:])[::-1].tolist():
+        length, left = length + 1, int(counts[length + 1])
+        while left:
+            fitting = rooms >> length
+            room = length + (fitting & -fitting).bit_length() - 1 if fitting else capacity
+            each = room // length  # documents of this length for one row: after the first it is the fullest that fits
+            wanted = -(-left // each)
+            if fitting:
+                rows, rest = np.split(with_room.pop(room), [wanted])
+                rooms &= ~(1 << room)
+                if len(rest):
+                    with_room[room], rooms = rest, rooms | 1 << room
+            else:
+                rows, opened = np.arange(opened, opened + wanted), opened + wanted
+            taken = np.full(len(rows), each)
+            taken[-1] = min(left - each * (len(rows) - 1), each)
+            placed.append(np.repeat(rows, taken))
+            left -= int(taken.sum())
+            for amount in np.unique(taken).tolist():
+                now = room - amount * length
+                with_room[now] = np.append(with_room.get(now, np.empty(0, np.int64)), rows[taken == amount])
+                rooms |= 1 << now
+    return np.concatenate(placed) if placed else np.empty(0, np.int64)

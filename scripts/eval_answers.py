@@ -29,7 +29,7 @@ from trainer.arguments import (
     stated_sizes,
     weights_dir,
 )
-from trainer.trainer_utils import choose_device
+from trainer.hardware import choose_device
 
 
 def parse_args(argv=None):

@@ -1,8 +1,11 @@
 """What the tests share: the repository root on sys.path, the shipped tokenizer, and how scripts are run."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# token ids of files that are gone after the test would stay in the user's cache
+os.environ["MINIMIND_CACHE_DIR"] = tempfile.mkdtemp(prefix="minimind-test-cache-")
+atexit.register(shutil.rmtree, os.environ["MINIMIND_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

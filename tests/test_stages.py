@@ -171,11 +171,12 @@ def test_log_line_and_validation(data, tmp_path):
 
 
 def test_packing_changes_nothing_but_time(folder, data):
-    long = ["--max_seq_len", 512]  # room for several
+    """All documents in one batch, so that both ways make the same updates."""
+    long = ["--max_seq_len", 512, "--batch_size", 64]
     weights, losses = {}, {}
     for pack in (0, 1):
         done = fine_tune(
-            folder, data, *long, "--pack", pack, "--epochs", 2, "--log_interval", 1, "--save_weight", f"p{pack}"
+            folder, data, *long, "--packing", pack, "--epochs", 6, "--log_interval", 1, "--save_weight", f"p{pack}"
         )
         assert done.returncode == 0, done.stderr
         weights[pack] = read_state_dict(folder / f"out/p{pack}_32.pth")
@@ -312,7 +313,7 @@ SFT_MISTAKES = {
     "other depth": (["--num_hidden_layers", 3], ["num_hidden_layers 2, not 3", "pretrain_32.json"]),
     "not a mixture": (["--use_moe", 1], ["there is pretrain_32.pth"]),
     "no epochs": (["--epochs", 0], ["--epochs", "above 0"]),
-    "not a switch": (["--pack", 2], ["--pack", "neither 0 nor 1"]),
+    "not a switch": (["--packing", 2], ["--packing", "neither 0 nor 1"]),
     "no such tokenizer": (["--tokenizer_path", "nowhere"], ["nowhere"]),
     "half precision on a CPU": (["--dtype", "float16"], ["float16", "bfloat16 or auto"]),
     "too short for every reply": (["--max_seq_len", 5], ["within 5 tokens", "raise --max_seq_len"]),

@@ -12,7 +12,8 @@ import torch
 from conftest import ROOT
 from model.weights import read_state_dict
 from toy_run import RandomTokens, Stop, collate, config, parse, train
-from trainer.train_run import TrainRun, parameter_groups
+from trainer.optimizer import parameter_groups
+from trainer.train_run import TrainRun
 from trainer.trainer_utils import SkipBatchSampler, get_lr, get_lr_with_warmup, lm_checkpoint
 
 

@@ -68,6 +68,11 @@ def output_path(path: str | Path) -> Path:
     return Path(path).expanduser().absolute()
 
 
+def cache_path(text: str) -> Path | None:
+    """A folder for the token cache; the word none stands for no cache."""
+    return None if text == "none" else output_path(text)
+
+
 @contextmanager
 def friendly_errors(stopped: str = "stopped"):
     """Turn a user's mistake (a missing file, a bad row, a wrong size) into one line and exit status 2; Ctrl-C into 130.
@@ -142,6 +147,29 @@ def stated_sizes(args: argparse.Namespace) -> dict:
     return stated
 
 
+def add_speed_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how fast a run is, and change what it learns by no more than rounding."""
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda:0, mps")
+    add("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="of the matrix products")
+    add("--num_workers", type=int, default=-1, help="processes that prepare batches; -1: 0 on CPU and MPS, 2 on CUDA")
+    add("--packing", type=zero_or_one, default=1, help="1: documents share rows, attention kept apart; 0: one to a row")
+    add(
+        "--cache_dir",
+        default=os.environ.get("MINIMIND_CACHE_DIR", str(ROOT / "dataset" / ".cache")),
+        type=cache_path,
+        help="where token ids are kept for the next start (MINIMIND_CACHE_DIR); none: made in memory each time",
+    )
+    add(
+        "--streaming",
+        type=zero_or_one,
+        default=0,
+        help="1: tokenise on the way, for data too large for a cache; needs --max_steps",
+    )
+    add("--use_compile", default="auto", choices=["auto", "0", "1"], help="torch.compile; auto: where the run is long")
+    add("--gradient_checkpointing", type=zero_or_one, default=0, help="1: less memory, a third more time")
+
+
 def stage_parser(stage: str, **defaults) -> argparse.ArgumentParser:
     """The parser with the flags that all training stages share.
 
@@ -170,19 +198,16 @@ def stage_parser(stage: str, **defaults) -> argparse.ArgumentParser:
     add("--on_bad_row", default="raise", choices=["raise", "skip"], help="what a row that cannot be used does")
     add("--tokenizer_path", default=str(ROOT / "model"), help="folder of the tokenizer")
     add("--epochs", type=positive_int)
-    add("--batch_size", type=positive_int, help="rows per process and step")
+    add("--batch_size", type=positive_int, help="rows of --max_seq_len tokens per process and step")
     add("--accumulation_steps", type=positive_int, default=1, help="steps whose gradients make one update")
     add("--max_seq_len", type=positive_int, help="tokens per row")
     add("--max_steps", type=int, default=0, help="stop after so many updates; 0: after all epochs")
     add("--learning_rate", type=float, help="peak; reached after the warm-up, falls as a cosine to a tenth")
     add("--warmup_ratio", type=float, default=0.05, help="share of the updates over which the learning rate rises")
+    add("--optimizer", default="adamw", choices=["adamw", "muon"], help="muon: for the matrices (torch 2.9 or later)")
     add("--weight_decay", type=float, default=0.1, help="on matrices only, never on norms or embeddings")
     add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--device", default="auto", help="auto, cpu, cuda:0, mps")
-    add("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="of the matrix products")
-    add("--num_workers", type=int, default=-1, help="processes that prepare batches; -1: 0 on CPU and MPS, 2 on CUDA")
-    add("--pack", type=zero_or_one, default=1, help="1: several short rows share one, attention kept apart")
-    add("--gradient_checkpointing", type=zero_or_one, default=0, help="1: less memory, a third more time")
+    add_speed_flags(parser)
     add("--log_interval", type=positive_int, default=10, help="updates between log lines")
     add("--save_interval", type=positive_int, default=200, help="updates between saves")
     add("--seed", type=int, default=42)

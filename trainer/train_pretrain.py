@@ -14,10 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import PretrainDataset
-from dataset.packing import Collator
-from trainer.arguments import ROOT, STOPPED, data_source, friendly_errors, model_config, stage_parser
+from trainer.arguments import ROOT, STOPPED, friendly_errors, model_config, stage_parser
+from trainer.rows import open_rows
 from trainer.train_run import TrainRun
-from trainer.trainer_utils import Logger, init_environment, init_model
+from trainer.trainer_utils import init_environment, init_model
 
 
 def parse_args(argv=None):
@@ -61,12 +61,7 @@ def main(args):
     lm_config = model_config(args)
     model, tokenizer = init_model(lm_config, args.from_weight, args.tokenizer_path, args.save_dir, args.device)
 
-    def read(path):
-        return PretrainDataset(data_source(path), tokenizer, args.max_seq_len, on_bad_row=args.on_bad_row)
-
-    dataset, val_dataset = read(args.data_path), read(args.val_path) if args.val_path else None
-    Logger(f"data: {dataset.summary()}")
-    collate = Collator(args.max_seq_len, tokenizer.pad_token_id, pack=args.pack)
+    dataset, val_dataset, collate = open_rows(args, tokenizer, PretrainDataset)
 
     run = TrainRun(args, lm_config, model, dataset, collate, val_dataset, tokenizer)
     for epoch in run.epochs():

@@ -23,13 +23,16 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from model.weights import load_state, save_weights, tokenizer_digest, update_sidecar, weight_path
+from trainer.hardware import choose_compile
 from trainer.monitor import Monitor, start_wandb
+from trainer.optimizer import make_optimizer
 from trainer.trainer_utils import (
     Logger,
     SkipBatchSampler,
+    StreamShare,
     get_lr_with_warmup,
     get_rank,
     get_rng_state,
@@ -53,7 +56,9 @@ class TrainRun:
         lm_config: names the files that are written.
         model: what is trained; `run.model` is it again, wrapped for DDP: forward through `run.model`, so that gradients
             are averaged over the processes, and generate with `unwrap(run.model)`.
-        dataset: what is trained on; collate turns a list of its items into a batch, a dict of tensors.
+        dataset: what is trained on; collate turns a list of its items into a batch, a dict of tensors. If it has a
+            set_epoch (torch's name for it, on samplers), that is called before each epoch; it may deal its items out
+            anew, but not change how many there are. An IterableDataset is taken in its own order.
         val_dataset: held-back rows, or None.
         tokenizer: goes into the sidecar of the weights, by digest.
         params: parameters or parameter groups for AdamW; all of the model's, matrices decayed, if left out.
@@ -79,11 +84,13 @@ class TrainRun:
         self.export = export or (lambda: unwrap(self.model).state_dict())
         self.device_type = torch.device(args.device).type
         self.rank, self.world_size = get_rank(), get_world_size()
-        self.optimizer = make_optimizer(params or parameter_groups(model, args.weight_decay), args, self.device_type)
+        self.optimizer = make_optimizer(args, model, params)
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=args.dtype == "float16")
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
+        if isinstance(dataset, IterableDataset):
+            args.epochs = 1  # as long as --max_steps
         batches = math.ceil(len(dataset) / (args.batch_size * self.world_size))
         self.batches_per_epoch, self.steps_per_epoch = batches, math.ceil(batches / args.accumulation_steps)
         self.total_steps = self.steps_per_epoch * args.epochs
@@ -95,6 +102,7 @@ class TrainRun:
         self.rng_state, self.metrics = None, {}
         state = self._resume(model) if args.from_resume else None
         self.resumed = state is not None
+        self._compile(model)
         self.model = model
         if dist.is_initialized():
             ids = [torch.device(args.device).index] if self.device_type == "cuda" else None
@@ -108,6 +116,17 @@ class TrainRun:
         self.bad_in_a_row = torch.zeros((), device=args.device)
         self._new_window()
         self._new_log()
+
+    def _compile(self, model) -> None:
+        """Compile the model's blocks if that is wanted and pays; what was chosen is kept in args for a resume."""
+        args = self.args
+        parameters = sum(p.numel() for p in model.parameters())
+        flops = 6.0 * parameters * self.total_steps * args.accumulation_steps * self._nominal_tokens
+        compiled = choose_compile(args.use_compile, args.device, flops, Logger)
+        args.use_compile = str(int(compiled))
+        if compiled:
+            model.compile_blocks()
+            Logger("compiled: the first step takes some ten seconds more (--use_compile 0 turns it off)")
 
     # --- resuming -----------------------------------------------------------------------------------------------------
 
@@ -123,6 +142,8 @@ class TrainRun:
         if "dtype" in args.chosen:  # what `auto` meant when the run began
             args.dtype = saved["dtype"]
             self.scaler = torch.amp.GradScaler(self.device_type, enabled=args.dtype == "float16")
+        if "use_compile" in args.chosen:
+            args.use_compile = saved["use_compile"]
         load_state(model, state["model"], path)
         stated = [
             {name: group[name] for name in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups
@@ -144,18 +165,24 @@ class TrainRun:
         for name in ("epochs", "max_steps", "learning_rate", "warmup_ratio", "weight_decay", "grad_clip"):
             if saved[name] != getattr(args, name):
                 Logger(f"note: --{name} was {saved[name]} before the resume and is {getattr(args, name)} from now on")
-        for name in ("batch_size", "accumulation_steps", "max_seq_len", "seed"):
+        for name in ("batch_size", "accumulation_steps", "max_seq_len", "packing", "seed", "optimizer"):
             if saved[name] != getattr(args, name):
+                why = "its state fits no other" if name == "optimizer" else "rows would be trained twice or never"
                 raise ValueError(
-                    f"{path} was written with --{name} {saved[name]}, now it is {getattr(args, name)}: rows would be "
-                    f"trained twice or never. Pass --{name} {saved[name]}, or start anew with --from_resume 0"
+                    f"{path} was written with --{name} {saved[name]}, now it is {getattr(args, name)}: {why}. "
+                    f"Pass --{name} {saved[name]}, or start anew with --from_resume 0"
                 )
-        if state["rows"] != len(self.dataset) or state["world_size"] != self.world_size:
+        if state["rows"] != self._rows or state["world_size"] != self.world_size:
             raise ValueError(
                 f"{path} was written with {state['rows']} rows and {state['world_size']} process(es), now there are "
-                f"{len(self.dataset)} and {self.world_size}: continue with the same data and processes, or start anew "
+                f"{self._rows} and {self.world_size}: continue with the same data and processes, or start anew "
                 "with --from_resume 0 --from_weight"
             )
+
+    @property
+    def _rows(self) -> int:
+        """How many rows there are to go through; 0 for a stream, which has no end."""
+        return 0 if isinstance(self.dataset, IterableDataset) else len(self.dataset)
 
     @property
     def done(self) -> int:
@@ -168,22 +195,29 @@ class TrainRun:
         return range(self.start_epoch, math.ceil(self.total_steps / self.steps_per_epoch))
 
     def _sampler(self, epoch: int, skip: int) -> SkipBatchSampler:
-        generator = torch.Generator().manual_seed(self.args.seed + epoch)
-        order = torch.randperm(len(self.dataset), generator=generator).tolist()
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        if isinstance(self.dataset, IterableDataset):
+            order = range(len(self.dataset))
+        else:
+            generator = torch.Generator().manual_seed(self.args.seed + epoch)
+            order = torch.randperm(len(self.dataset), generator=generator).tolist()
         return SkipBatchSampler(order, self.args.batch_size, skip, self.rank, self.world_size)
 
     def _loader(self, dataset, sampler) -> DataLoader:
         workers = self.args.num_workers
         if workers < 0:
             workers = 2 if self.device_type == "cuda" else 0
+        how = {"batch_sampler": sampler, "num_workers": workers}
+        if isinstance(dataset, IterableDataset):  # one process reads it: several would each read it
+            dataset, how = StreamShare(dataset, sampler), {"batch_size": None, "num_workers": min(workers, 1)}
         # a generator of its own: the loader would otherwise draw from the model's random stream
         return DataLoader(
             dataset,
-            batch_sampler=sampler,
             collate_fn=self.collate,
-            num_workers=workers,
             pin_memory=self.device_type == "cuda",
             generator=torch.Generator(),
+            **how,
         )
 
     def batches(self, epoch: int):
@@ -200,12 +234,18 @@ class TrainRun:
             if done >= self.total_steps:  # --max_steps
                 return
             self.is_filler = sampler.is_filler(number)
+            self._set_stance(sampler, number)
             self.closes_window = (number + 1) % args.accumulation_steps == 0 or number + 1 == self.batches_per_epoch
             for group in self.optimizer.param_groups:
                 group["lr"] = get_lr_with_warmup(done, self.total_steps, group["initial_lr"], self.warmup_steps)
             if isinstance(self.model, DistributedDataParallel):
                 self.model.require_backward_grad_sync = self.closes_window  # average gradients once per update
             yield self.step, to_device(batch, args.device)
+
+    def _set_stance(self, sampler: SkipBatchSampler, number: int) -> None:
+        """Compiled code is for batches of the full size: a smaller last one would be compiled for by itself."""
+        if self.args.use_compile == "1":
+            torch.compiler.set_stance("default" if sampler.is_full(number) else "force_eager")
 
     # --- the update ---------------------------------------------------------------------------------------------------
 
@@ -255,12 +295,13 @@ class TrainRun:
         if gradient_scale is not None:
             torch._foreach_mul_([p.grad for p in parameters], gradient_scale)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip)
-        if self.optimizer.defaults["fused"] and not self.scaler.is_enabled():
+        finite = torch.isfinite(self.grad_norm)
+        if self.device_type == "cuda" and not self.scaler.is_enabled():
             # the fused kernel leaves weights and moments alone where this is 1, without anyone waiting for the number
-            self.optimizer.found_inf = (~torch.isfinite(self.grad_norm)).float()
-        elif not self.scaler.is_enabled() and not torch.isfinite(self.grad_norm):
-            self.optimizer.zero_grad(set_to_none=True)  # no fused kernel here: nothing to step with
-        self.bad_in_a_row = (self.bad_in_a_row + 1) * ~torch.isfinite(self.grad_norm)
+            self.optimizer.found_inf = (~finite).float()
+        elif not self.scaler.is_enabled() and not finite:
+            self.optimizer.zero_grad(set_to_none=True)  # nothing to step with
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * ~finite
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -275,6 +316,7 @@ class TrainRun:
         sampler = SkipBatchSampler(range(len(self.val_dataset)), self.args.batch_size, 0, self.rank, self.world_size)
         for number, batch in enumerate(self._loader(self.val_dataset, sampler)):
             self.is_filler = sampler.is_filler(number)
+            self._set_stance(sampler, number)
             yield to_device(batch, self.args.device)
 
     @contextmanager
@@ -362,7 +404,7 @@ class TrainRun:
             rng = [None] * self.world_size
             dist.all_gather_object(rng, get_rng_state())
         if is_main_process():
-            saved = {"rng": rng, "args": plain(self.args), "rows": len(self.dataset), "scaler": self.scaler}
+            saved = {"rng": rng, "args": plain(self.args), "rows": self._rows, "scaler": self.scaler}
             lm_checkpoint(
                 self.lm_config,
                 self.args.save_weight,
@@ -382,7 +424,7 @@ class TrainRun:
         args = self.args
         path = weight_path(args.save_dir, args.save_weight, self.lm_config)
         keep_previous = not self.resumed and not self._wrote_weights
-        data = {"path": str(args.data_path), "rows": len(self.dataset), **getattr(self.dataset, "report", {})}
+        data = {"path": str(args.data_path), "rows": self._rows, **getattr(self.dataset, "report", {})}
         tokenizer = {}
         if self.tokenizer is not None:
             tokenizer = {"path": str(args.tokenizer_path), "digest": tokenizer_digest(self.tokenizer)}
@@ -408,6 +450,8 @@ class TrainRun:
         elif is_main_process():
             update_sidecar(path, metrics=self.metrics)
         self.monitor.close()
+        if self.args.use_compile == "1":
+            torch.compiler.set_stance("default")
         Logger(f"weights: {path}")
         if dist.is_initialized():
             dist.barrier()
@@ -432,25 +476,6 @@ class LossSum:
         if dist.is_initialized():
             dist.all_reduce(sums)
         return (sums[0] / sums[1].clamp(min=1)).item()
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups for AdamW: matrices are decayed; norms, biases and embeddings are not."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.dim() > 1 and id(p) not in embeddings]
-    kept = [p for p in trained if p.dim() < 2 or id(p) in embeddings]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-
-
-def make_optimizer(params, args, device_type: str) -> torch.optim.AdamW:
-    """AdamW; fused into one kernel on CPU and CUDA. `initial_lr` keeps each group's peak for the schedule."""
-    optimizer = torch.optim.AdamW(
-        params, lr=args.learning_rate, betas=(0.9, 0.95), fused=True if device_type in ("cpu", "cuda") else None
-    )
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return optimizer
 
 
 def perplexity(loss: float) -> float:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import random
-import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,9 +12,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
 from model.weights import atomic_write, find_weights, load_model
 from trainer.arguments import ROOT
+from trainer.hardware import choose_device, choose_dtype, keep_freed_memory
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
@@ -91,72 +90,6 @@ def set_rng_state(state: dict) -> None:
     random.setstate((version, tuple(numbers), gauss))
 
 
-# --- device and precision ---------------------------------------------------------------------------------------------
-
-
-def choose_device(wanted: str = "auto") -> str:
-    """The device to use; a GPU that is there but that this torch cannot use is said, not passed over.
-
-    Raises:
-        ValueError: the wanted device does not exist here.
-    """
-    if wanted == "auto":
-        if torch.cuda.is_available():
-            try:
-                (torch.zeros(1, device="cuda:0") + 1).item()
-                return "cuda:0"
-            except RuntimeError as error:  # a GPU that this build of torch has no kernels for
-                Logger(f"the GPU cannot be used by torch {torch.__version__}, running on the CPU: {error}")
-                return "cpu"
-        if torch.backends.mps.is_available():
-            return "mps"
-        if shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi"], capture_output=True).returncode == 0:
-            Logger(
-                f"an NVIDIA GPU is here, but torch {torch.__version__} cannot use it: running on the CPU. "
-                "`pip install -r requirements-torch-cu126.txt --force-reinstall` installs a torch that can"
-            )
-        return "cpu"
-    try:
-        kind = torch.device(wanted).type
-    except RuntimeError:
-        raise ValueError(f"no device is called {wanted!r}: pass --device auto, cpu, cuda:0 or mps") from None
-    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
-        raise ValueError(
-            f"--device {wanted}, but torch {torch.__version__} has no {kind} here: pass --device cpu or auto"
-        )
-    return wanted
-
-
-def choose_dtype(wanted: str, device: str) -> str:
-    """The precision of the matrix products, for `auto` the fastest that is safe on that device.
-
-    Raises:
-        ValueError: float16 off CUDA, where there is no gradient scaler for it.
-    """
-    kind = torch.device(device).type
-    if wanted == "float16" and kind != "cuda":
-        raise ValueError(
-            f"--dtype float16 needs a gradient scaler, which only CUDA has: pass bfloat16 or auto on {kind}"
-        )
-    if wanted != "auto":
-        return wanted
-    if kind == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    if kind == "mps":
-        return "bfloat16"
-    return "bfloat16" if cpu_has_bf16() else "float32"
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices faster than fp32 ones: AMX or AVX512-BF16 on x86, BF16 on Linux Arm."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
-    except OSError:  # no Linux: fp32 is right everywhere
-        return False
-    wanted = {"x86_64": {"amx_bf16", "avx512_bf16"}, "aarch64": {"bf16"}}.get(platform.machine(), set())
-    return not wanted.isdisjoint(flags)
-
-
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """The module inside DDP and torch.compile: for generating, saving and reading the config."""
     if isinstance(model, DistributedDataParallel):
@@ -208,9 +141,31 @@ class SkipBatchSampler:
     def is_filler(self, number: int) -> bool:
         return not self._share(number)
 
+    def is_full(self, number: int) -> bool:
+        return len(self._share(number)) == self.batch_size
+
     def __iter__(self) -> Iterator[list[int]]:
         for number in range(self.skip_batches, self.skip_batches + len(self)):
             yield self._share(number) or [self.order[0]]
+
+
+class StreamShare(IterableDataset):
+    """The batches of one process from a stream that all of them read alike, as a SkipBatchSampler cuts them."""
+
+    def __init__(self, stream: IterableDataset, sampler: SkipBatchSampler):
+        self.stream, self.sampler = stream, sampler
+
+    def __iter__(self) -> Iterator[list]:
+        rows, at = iter(self.stream), 0
+        for share in self.sampler:
+            wanted = set(share)
+            batch = []
+            while at <= share[-1]:
+                row = next(rows)
+                if at in wanted:
+                    batch.append(row)
+                at += 1
+            yield batch
 
 
 # --- checkpoints and models -------------------------------------------------------------------------------------------
@@ -300,7 +255,7 @@ def count_parameters(model) -> tuple[int, int]:
 
 def init_environment(args) -> None:
     """Join the processes, choose device and precision (written back into args), seed."""
-    args.chosen = [name for name in ("device", "dtype") if getattr(args, name) == "auto"]
+    args.chosen = [name for name in ("device", "dtype", "use_compile") if getattr(args, name) == "auto"]
     args.device = choose_device(args.device)
     if args.device == "mps" and "RANK" in os.environ:
         raise ValueError("several processes cannot share Apple's GPU: pass --device cpu, or start without torchrun")
@@ -310,5 +265,7 @@ def init_environment(args) -> None:
     args.dtype = choose_dtype(args.dtype, args.device)
     if args.device.startswith("cuda"):
         torch.backends.cuda.matmul.allow_tf32 = True
+    else:
+        keep_freed_memory()
     setup_seed(args.seed)
     Logger(f"device {args.device}, {args.dtype}, {get_world_size()} process(es), {torch.get_num_threads()} CPU threads")
