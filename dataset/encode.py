@@ -211,7 +211,7 @@ def encode_documents(tokenizer: FrozenTokenizer, texts: Iterable[str]) -> Encode
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids, lengths = _id_array(tokenizer), array("i")
     texts = iter(texts)
-    with _one_thread():
+    with one_thread():
         while batch := list(islice(texts, TEXTS_PER_BATCH)):
             for encoded in encode_texts(tokenizer, batch):
                 ids.append(bos)
@@ -222,7 +222,7 @@ def encode_documents(tokenizer: FrozenTokenizer, texts: Iterable[str]) -> Encode
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Let `tokenizers` start no threads: many versions warn about every later fork then, such as a DataLoader's.
 
     Large files are encoded by several processes instead.

@@ -34,7 +34,7 @@ from typing import BinaryIO
 import numpy as np
 
 from dataset import encode, jsonl
-from dataset.encode import Encoded, FrozenTokenizer, PretrainRecipe, SFTRecipe
+from dataset.encode import Encoded, FrozenTokenizer, PretrainRecipe, SFTRecipe, one_thread
 from dataset.jsonl import BadRow, RowReader, RowTally, is_main_process, read_batch, read_rows
 from dataset.parallel import map_in_processes
 from model import chat
@@ -157,7 +157,8 @@ def _map(job: Callable, batches: Iterator) -> Iterator:
 
 def _encode_batch(recipe: Recipe, tokenizer: FrozenTokenizer, path: str, stop_at_bad: bool, rows: list) -> Encoded:
     good, bad = read_batch(rows, recipe.read, stop_at_bad)
-    encoded = recipe.encode(tokenizer, good, path)
+    with one_thread():
+        encoded = recipe.encode(tokenizer, good, path)
     encoded.bad = bad
     return encoded
 
