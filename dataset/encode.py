@@ -304,28 +304,38 @@ class Layout:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def take(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        offsets: np.ndarray | None = None,
+        lengths: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The rows `indices` end to end: token ids int64 [N], trained bool [N], their lengths int64 [len(indices)].
 
-        A row's first token is not trained: nothing in the row predicts it. Raises IndexError.
+        With offsets and lengths only so many tokens of each row, from the offset on. A row's first token is not
+        trained: nothing in the row predicts it. Raises IndexError.
         """
         indices = np.asarray(indices, dtype=np.int64)
-        lengths = self.lengths[indices]
+        starts = self.starts[indices].astype(np.int64) + (0 if offsets is None else offsets)
+        if lengths is None:
+            lengths = self.lengths[indices]
         begins = np.cumsum(lengths) - lengths
         total = int(lengths.sum())
-        ids = self.encoded.ids[np.repeat(self.starts[indices].astype(np.int64) - begins, lengths) + np.arange(total)]
+        ids = self.encoded.ids[np.repeat(starts - begins, lengths) + np.arange(total)]
         if self.first_span is None:
             trained = np.ones(total, dtype=bool)
         else:
-            trained = self._trained(indices, lengths, begins, total)
+            trained = self._trained(indices, offsets, lengths, begins, total)
         trained[begins] = False
         return ids.astype(np.int64), trained, lengths
 
-    def _trained(self, indices: np.ndarray, lengths: np.ndarray, begins: np.ndarray, total: int) -> np.ndarray:
+    def _trained(self, indices, offsets, lengths: np.ndarray, begins: np.ndarray, total: int) -> np.ndarray:
         counts = self.span_counts[indices]
         before = np.cumsum(counts) - counts
         first = self.first_span[indices].astype(np.int64)
         spans = self.encoded.spans[np.repeat(first - before, counts) + np.arange(counts.sum())]
+        if offsets is not None:
+            spans = np.maximum(spans - np.repeat(offsets, counts)[:, None], 0)
         edges = np.minimum(spans, np.repeat(lengths, counts)[:, None]) + np.repeat(begins, counts)[:, None]  # [s, 2]
         opened, closed = (np.bincount(edge, minlength=total + 1) for edge in edges.T)
         return np.cumsum(opened - closed)[:total] > 0

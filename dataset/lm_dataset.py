@@ -48,8 +48,11 @@ class TokenRows(Dataset):
     Pickled, as for a DataLoader's processes on Windows, rows of a cache are but the names of its files.
 
     Attributes:
-        report: counts, see the datasets.
+        report: counts, see the datasets. may_cut: whether packing may cut a row to fill others; a conversation stays
+            whole, a text of pretraining is split where it is too long anyway.
     """
+
+    may_cut = True
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
         if max_length < 2:
@@ -69,8 +72,16 @@ class TokenRows(Dataset):
     def __len__(self) -> int:
         return len(self._layout)
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The rows `indices` end to end, without padding.
+    def take(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        offsets: np.ndarray | None = None,
+        lengths: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The rows `indices` end to end, without padding; with offsets and lengths a part of each.
+
+        Args:
+            offsets: the first token of each row that is taken; lengths: how many; int64, as many as indices.
 
         Returns:
             token ids int64 [N], trained bool [N] (never a row's first token, which nothing predicts), and the rows'
@@ -79,7 +90,7 @@ class TokenRows(Dataset):
         Raises:
             IndexError: there is no such row.
         """
-        return self._layout.take(indices)
+        return self._layout.take(indices, offsets, lengths)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ids, trained, _ = self.take([index])
@@ -202,6 +213,7 @@ class SFTDataset(TokenRows):
     """
 
     recipe = SFTRecipe
+    may_cut = False
 
     def __init__(
         self,

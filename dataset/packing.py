@@ -1,6 +1,7 @@
 """Rows for a run: documents packed into rows of max_length tokens, and the collator that makes batches of rows.
 
-Packing is by best fit, so nearly every position of a batch is a real token. Documents stay apart: attention ends at
+Packing is by best fit, so nearly every position of a batch is a real token. Where documents of pretraining fit badly,
+because most are longer than half a row, a few of them are cut to fill the gaps. Documents stay apart: attention ends at
 their borders (`cu_seqlens`, `document_ids`), positions start again at 0, and no label crosses a border, so a packed
 document gets the loss and the gradients that it would get alone.
 
@@ -12,34 +13,60 @@ document gets the loss and the gradients that it would get alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, count
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 IGNORE_INDEX = -100
+FULL = 0.99  # of the positions: what best fit has filled so far is left as it is
+
+
+class Parts(NamedTuple):
+    """Documents, or parts of them: which [D], from which token of it on [D], how many tokens [D]; int64."""
+
+    documents: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def of_whole(cls, lengths: np.ndarray) -> Parts:
+        return cls(np.arange(len(lengths)), np.zeros_like(lengths), lengths)
 
 
 class Rows(Dataset):
     """What a run trains on: item i is a row, (token ids [N], trained or not [N], lengths of its documents [D]).
 
     Args:
-        dataset: gives `lengths` (of its documents), `max_length` and `take(indices)`: see `dataset.lm_dataset`.
+        dataset: gives `lengths` (of its documents), `max_length`, `may_cut` (whether a document may become several) and
+            `take(indices, offsets, lengths)`: see `dataset.lm_dataset`.
         packing: several documents to a row, else one.
         seed: with the epoch it decides which documents of equal length go where.
+        cut: whether documents may be cut to fill rows; not where a loss is to be that of whole documents.
 
     Attributes:
-        report: that of the dataset, with packed_rows and fill, the share of the rows' positions that hold a token.
+        report: that of the dataset, with packed_rows, fill, the share of the rows' positions that hold a token, and
+            cut_to_fill, how many documents were cut for it.
     """
 
-    def __init__(self, dataset, packing: bool = True, seed: int = 42):
+    def __init__(self, dataset, packing: bool = True, seed: int = 42, cut: bool = True):
         self.dataset, self.packing, self.seed = dataset, packing, seed
-        lengths = dataset.lengths
-        self._row_of = best_fit(lengths, dataset.max_length) if packing else np.arange(len(lengths))
-        sizes = np.bincount(self._row_of)  # [R] documents of each row
-        self._ends = np.cumsum(sizes)
-        fill = float(lengths.sum() / (len(self) * dataset.max_length))
-        self.report = dataset.report | {"packed_rows": len(self), "fill": round(fill, 4)}
+        self._parts = Parts.of_whole(dataset.lengths)
+        if packing:
+            order = np.argsort(-dataset.lengths, kind="stable")
+            row_of = np.empty_like(order)
+            row_of[order] = best_fit(dataset.lengths, dataset.max_length)
+            if cut and dataset.may_cut and _fill(dataset.lengths, row_of, dataset.max_length) < FULL:
+                self._parts, row_of = cut_to_fill(dataset.lengths, row_of, dataset.max_length)
+            self._row_of = row_of[np.argsort(-self._parts.lengths, kind="stable")]  # from the longest to the shortest
+        else:
+            self._row_of = np.arange(len(dataset.lengths))
+        self._ends = np.cumsum(np.bincount(self._row_of))  # [R] documents up to each row's end
+        fill = _fill(self._parts.lengths, self._row_of, dataset.max_length)
+        cut = len(self._parts.lengths) - len(dataset.lengths) and int((np.bincount(self._parts.documents) > 1).sum())
+        self.report = dataset.report | {"packed_rows": len(self), "fill": round(fill, 4), "cut_to_fill": cut}
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -48,24 +75,26 @@ class Rows(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Deal the documents out anew: any document may take the place of another of its length."""
         if not self.packing:
-            self._documents = np.arange(len(self._row_of))
+            self._dealt = np.arange(len(self._row_of))
             return
         shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(self._row_of))
-        by_length = shuffled[np.argsort(-self.dataset.lengths[shuffled], kind="stable")]
-        self._documents = by_length[np.argsort(self._row_of, kind="stable")]
+        by_length = shuffled[np.argsort(-self._parts.lengths[shuffled], kind="stable")]
+        self._dealt = by_length[np.argsort(self._row_of, kind="stable")]
 
-    def documents(self, index: int) -> np.ndarray:
-        """Indices of the documents of a row, int64 [D]."""
-        return self._documents[self._ends[index - 1] if index else 0 : self._ends[index]]
+    def parts(self, index: int) -> Parts:
+        """The documents of a row, or the parts of documents."""
+        here = self._dealt[self._ends[index - 1] if index else 0 : self._ends[index]]
+        return Parts(*(column[here] for column in self._parts))
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.dataset.take(self.documents(range(len(self))[index]))
+        return self.dataset.take(*self.parts(range(len(self))[index]))
 
     def summary(self) -> str:
         """One line: that of the dataset, and what packing makes of it."""
         positions = f"{self.dataset.max_length:,} tokens, {self.report['fill']:.1%} full"
         how = f"packed into {len(self):,} rows of" if self.packing else "one to a row of"
-        return f"{self.dataset.summary()}; {how} {positions}"
+        cut = f", {self.report['cut_to_fill']:,} cut to fill rows" if self.report["cut_to_fill"] else ""
+        return f"{self.dataset.summary()}; {how} {positions}{cut}"
 
 
 class Collator:
@@ -153,3 +182,47 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
                 with_room[now] = np.append(with_room.get(now, np.empty(0, np.int64)), rows[taken == amount])
                 rooms |= 1 << now
     return np.concatenate(placed) if placed else np.empty(0, np.int64)
+
+
+def _fill(lengths: np.ndarray, row_of: np.ndarray, capacity: int) -> float:
+    """The share of the rows' positions that hold a token."""
+    return float(lengths.sum() / ((int(row_of.max(initial=-1)) + 1) * capacity)) if len(lengths) else 0.0
+
+
+def cut_to_fill(lengths: np.ndarray, row_of: np.ndarray, capacity: int) -> tuple[Parts, np.ndarray]:
+    """Empty the rows that are filled least, and fill the gaps of the others with parts of their documents.
+
+    Parts of one document share a token, the last of the one and the first of the next, so every token but the first is
+    still predicted exactly once. Gaps below a sixteenth of a row are left: too little context is worth no cut.
+
+    Args:
+        lengths, row_of: int64 [documents].
+
+    Returns: all documents or their parts, and the row of each, int64; rows are numbered without a hole.
+    """
+    loads = np.bincount(row_of, weights=lengths).astype(np.int64)
+    gaps, least = capacity - loads, max(capacity // 16, 2)
+    by_load = np.argsort(loads, kind="stable")
+    room = np.where(gaps >= least, gaps - 1, 0)[by_load]  # of each gap a token goes to the overlap
+    emptied = np.cumsum(loads[by_load]) <= room.sum() - np.cumsum(room)  # so many rows fit into the gaps of the rest
+    is_emptied = np.zeros(len(loads), dtype=bool)
+    is_emptied[by_load[emptied]] = True
+    largest_first = ((row, int(gaps[row])) for row in by_load[~emptied].tolist() if gaps[row] >= least)
+    places = chain(largest_first, ((row, capacity) for row in count(len(loads))))
+    parts, (row, gap) = [], next(places)
+    for document in np.flatnonzero(is_emptied[row_of]).tolist():
+        offset, left = 0, int(lengths[document])
+        while True:
+            if gap < min(least, left):
+                row, gap = next(places)
+            size = min(gap, left)
+            parts.append((document, offset, size, row))
+            gap -= size
+            if size == left:
+                break
+            offset, left = offset + size - 1, left - size + 1
+    kept = np.flatnonzero(~is_emptied[row_of])
+    *columns, rows = np.array(parts, dtype=np.int64).reshape(-1, 4).T
+    whole = kept, np.zeros_like(kept), lengths[kept]
+    joined = Parts(*(np.concatenate(pair) for pair in zip(whole, columns, strict=True)))
+    return joined, np.unique(np.concatenate([row_of[kept], rows]), return_inverse=True)[1]

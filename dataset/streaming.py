@@ -84,10 +84,10 @@ class StreamedRows(IterableDataset):
                     parts.append(layout.take(np.arange(len(layout))))
                     tokens, found = tokens + len(parts[-1][0]), True
                     if tokens >= WINDOW_TOKENS:
-                        yield _Window(parts, self.max_length)
+                        yield _Window(parts, self.max_length, may_cut=not self.recipe.templated)
                         parts, tokens = [], 0
             if parts:
-                yield _Window(parts, self.max_length)
+                yield _Window(parts, self.max_length, may_cut=not self.recipe.templated)
             if not found:
                 raise ValueError(
                     f"{self.path}: no row has a token to train on within {self.max_length} tokens: "
@@ -98,14 +98,17 @@ class StreamedRows(IterableDataset):
 class _Window:
     """Documents in memory, as `Rows` takes them."""
 
-    def __init__(self, parts: list[Row], max_length: int):
+    def __init__(self, parts: list[Row], max_length: int, may_cut: bool):
         self.ids, self.trained, self.lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
-        self.ends, self.max_length, self.report = np.cumsum(self.lengths), max_length, {}
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        self.max_length, self.may_cut, self.report = max_length, may_cut, {}
 
-    def take(self, indices: np.ndarray) -> Row:
-        lengths = self.lengths[indices]
-        places = np.repeat(self.ends[indices] - np.cumsum(lengths), lengths) + np.arange(lengths.sum())
-        return self.ids[places], self.trained[places], lengths
+    def take(self, indices: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> Row:
+        begins = np.cumsum(lengths) - lengths
+        places = np.repeat(self.starts[indices] + offsets - begins, lengths) + np.arange(lengths.sum())
+        trained = self.trained[places]
+        trained[begins] = False
+        return self.ids[places], trained, lengths
 
 
 def read_rows_encoded(path: str, on_bad_row: str, tokenizer: FrozenTokenizer, recipe) -> Iterator:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataset.packing import Collator, Rows, best_fit
+from dataset.packing import Collator, Rows, best_fit, cut_to_fill
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
 PAD = 0
@@ -16,12 +16,16 @@ PAD = 0
 class Documents:
     """What `Rows` needs of a dataset, from lists of token ids and of 0/1 for those that are trained."""
 
-    def __init__(self, documents, max_length):
+    def __init__(self, documents, max_length, may_cut=False):
+        self.may_cut = may_cut
         self.documents, self.max_length, self.report = documents, max_length, {"rows": len(documents)}
         self.lengths = np.array([len(ids) for ids, _ in documents])
 
-    def take(self, indices):
+    def take(self, indices, offsets=None, lengths=None):
         parts = [self.documents[i] for i in indices]
+        if offsets is not None:
+            cuts = [slice(a, a + n) for a, n in zip(offsets, lengths, strict=True)]
+            parts = [(ids[cut], mask[cut]) for (ids, mask), cut in zip(parts, cuts, strict=True)]
         trained = [[0, *mask[1:]] for _, mask in parts]
         return (
             np.concatenate([np.array(ids, np.int64) for ids, _ in parts]),
@@ -116,6 +120,37 @@ def test_a_million_documents_are_packed_in_no_time_and_nearly_full():
     assert loads.mean() / 512 > 0.99
 
 
+# --- documents that are cut to fill rows -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cut_documents_fill_the_rows_and_each_token_is_predicted_once(seed):
+    rng = random.Random(seed)
+    lengths = [rng.randint(rng.choice([1, 40]), 64) for _ in range(rng.randint(1, 200))]
+    documents = [([1000 * d + t for t in range(n)], [1] * n) for d, n in enumerate(lengths)]
+    whole, cut = (Rows(Documents(documents, 64, may_cut)) for may_cut in (False, True))
+    assert len(cut) <= len(whole) and max(len(cut[i][0]) for i in range(len(cut))) <= 64
+    if len(whole) > 40 and whole.report["fill"] < 0.9:
+        assert cut.report["fill"] > 0.95 and cut.report["cut_to_fill"]
+    predicted = []
+    for i in range(len(cut)):
+        ids, trained, row_lengths = cut[i]
+        assert not trained[np.cumsum(row_lengths) - row_lengths].any()
+        assert (np.diff(ids)[trained[1:]] == 1).all()  # each one behind the token before it, in its own document
+        predicted += ids[trained].tolist()
+    assert sorted(predicted) == sorted(token for ids, _ in documents for token in ids[1:])
+
+
+def test_cut_worked_by_hand():
+    """Rows of 10 with 7, 7 and 4: the 4 is cut into 3 tokens, and 2 of which the first was the last before."""
+    parts, rows = cut_to_fill(np.array([7, 7, 4]), np.array([0, 1, 2]), 10)
+    assert parts.documents.tolist() == [0, 1, 2, 2] and rows.tolist() == [0, 1, 0, 1]
+    assert parts.offsets.tolist() == [0, 0, 0, 2] and parts.lengths.tolist() == [7, 7, 3, 2]
+    # with 5 the gaps, less a token each that the parts share, do not do: nothing is cut
+    parts, rows = cut_to_fill(np.array([7, 7, 5]), np.array([0, 1, 2]), 10)
+    assert parts.lengths.tolist() == [7, 7, 5] and rows.tolist() == [0, 1, 2]
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -136,12 +171,12 @@ def test_epochs_deal_anew_and_repeat_exactly():
 
     def deal(epoch):
         rows.set_epoch(epoch)
-        return [tuple(rows.documents(i)) for i in range(len(rows))]
+        return [tuple(rows.parts(i).documents) for i in range(len(rows))]
 
     first, second = deal(0), deal(1)
     assert first != second and deal(0) == first
     other = Rows(Documents(some_documents(200, 40), 40), seed=4)
-    assert [tuple(other.documents(i)) for i in range(len(other))] != first
+    assert [tuple(other.parts(i).documents) for i in range(len(other))] != first
 
 
 def test_report_and_summary_tell_the_fill():
@@ -232,7 +267,7 @@ def packed(model, documents, way, max_length=40, seed=1):
     model.zero_grad()
     rows = Rows(Documents(documents, max_length), seed=seed)
     batch = Collator(max_length, PAD)([rows[i] for i in range(len(rows))])
-    order = [int(i) for r in range(len(rows)) for i in rows.documents(r)]
+    order = [int(i) for r in range(len(rows)) for i in rows.parts(r).documents]
     batch = {name: tensor for name, tensor in batch.items() if name not in WAYS[way]}
     output = model(**batch)
     shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)

@@ -22,13 +22,13 @@ def open_rows(args, tokenizer, kind: type[TokenRows], **options):
         ValueError, OSError: what the dataset raises; --streaming without --max_steps.
     """
 
-    def read(path):
+    def read(path, cut=True):
         where = data_source(path), tokenizer, args.max_seq_len, args.on_bad_row
-        return Rows(kind(*where, cache_dir=args.cache_dir, **options), args.packing, args.seed)
+        return Rows(kind(*where, cache_dir=args.cache_dir, **options), args.packing, args.seed, cut)
 
     dataset = _stream(args, tokenizer, kind.recipe(**options)) if args.streaming else read(args.data_path)
     Logger(f"data: {dataset.summary()}")
-    val_dataset = read(args.val_path) if args.val_path else None
+    val_dataset = read(args.val_path, cut=False) if args.val_path else None
     return dataset, val_dataset, Collator(args.max_seq_len, tokenizer.pad_token_id)
 
 
