@@ -1,11 +1,13 @@
 """Draw the loss curves of one or more runs, training and held-back, from their metrics files.
 
 python scripts/plot_metrics.py out/pretrain_256.metrics.jsonl out/full_sft_256.metrics.jsonl --out curves.png
+python scripts/plot_metrics.py out/a_256.metrics.jsonl out/b_256.metrics.jsonl --out b.png --together tokens seconds
 """
 
 import argparse
 import json
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -13,11 +15,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model.weights import atomic_write
 from trainer.arguments import friendly_errors, input_path, output_path
 
+X_AXES = {"updates": "updates", "tokens": "trained tokens", "seconds": "seconds of training"}
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("metrics", nargs="+", help="metrics files that training wrote beside its weights")
     parser.add_argument("--out", required=True, type=output_path, help="picture to write, .png or .svg")
+    parser.add_argument(
+        "--together", nargs="+", choices=X_AXES, help="all runs in one picture, against each of these in turn"
+    )
     return parser.parse_args(argv)
 
 
@@ -32,20 +39,41 @@ def read_metrics(path: Path) -> list[dict]:
     raise ValueError(f"{path} is no metrics file of a run: those end in .metrics.jsonl and lie beside the weights")
 
 
+def x_values(entries: list[dict], x: str) -> list[float]:
+    """Where each entry stands on the x axis; tokens are counted up, as an entry has those since the one before."""
+    if x == "tokens":
+        return list(accumulate(entry.get("tokens", 0) for entry in entries))
+    return [entry["update" if x == "updates" else x] for entry in entries]
+
+
+def draw(axis, entries: list[dict], x: str, name: str) -> None:
+    """Training loss as a line, held-back loss as dots of the same colour."""
+    colour, xs = None, x_values(entries, x)
+    for key, label, mark in (("loss", "training", "-"), ("val_loss", "held back", "o")):
+        points = [(at, entry[key]) for at, entry in zip(xs, entries, strict=True) if key in entry]
+        if points:
+            style = {"linewidth": 1, "markersize": 5, "color": colour, "alpha": 0.5 if name and key == "loss" else 1}
+            (line,) = axis.plot(*zip(*points, strict=True), mark, label=f"{name} {label}".strip(), **style)
+            colour = line.get_color() if name else None
+    axis.set(xlabel=X_AXES[x])
+
+
 def main(args):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(args.metrics), figsize=(5.5 * len(args.metrics), 3.6), squeeze=False)
-    for axis, name in zip(axes[0], args.metrics, strict=True):
-        entries = read_metrics(input_path(name))
-        for key, label, mark in (("loss", "training", "-"), ("val_loss", "held back", "o")):
-            points = [(entry["update"], entry[key]) for entry in entries if key in entry]
-            if points:
-                axis.plot(*zip(*points, strict=True), mark, label=label, linewidth=1, markersize=5)
-        axis.set(title=Path(name).name.split(".")[0], xlabel="updates", ylabel="loss (nats per token)")
+    runs = {name: read_metrics(input_path(name)) for name in args.metrics}
+    columns = args.together or args.metrics
+    figure, axes = plt.subplots(1, len(columns), figsize=(5.5 * len(columns), 3.6), squeeze=False)
+    for axis, column in zip(axes[0], columns, strict=True):
+        for name, entries in runs.items() if args.together else [(column, runs[column])]:
+            title = Path(name).name.split(".")[0]
+            draw(axis, entries, column if args.together else "updates", title if args.together else "")
+        if not args.together:
+            axis.set(title=Path(column).name.split(".")[0])
+        axis.set(ylabel="loss (nats per token)")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()

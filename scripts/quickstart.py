@@ -70,7 +70,7 @@ def pretrain(args) -> float:
         *("trainer/train_pretrain.py", "--preset", "tiny", "--save_dir", args.out_dir),
         *("--checkpoint_dir", args.out_dir / "quickstart"),
         *("--data_path", SAMPLE_DIR / "pretrain.jsonl", "--val_path", SAMPLE_DIR / "pretrain_val.jsonl"),
-        *("--batch_size", 16, "--learning_rate", "2e-3"),
+        *("--batch_size", 4, "--learning_rate", "2e-3"),
     )
 
 
@@ -79,7 +79,7 @@ def fine_tune(args, data: Path) -> float:
         *("trainer/train_full_sft.py", "--from_weight", "pretrain", "--preset", "tiny", "--save_dir", args.out_dir),
         *("--checkpoint_dir", args.out_dir / "quickstart"),
         *("--data_path", data / "sft_mix.jsonl", "--val_path", SAMPLE_DIR / "sft_val.jsonl"),
-        *("--epochs", 4, "--learning_rate", "2e-3"),
+        *("--epochs", 4, "--batch_size", 3, "--learning_rate", "2e-3"),
     )
 
 

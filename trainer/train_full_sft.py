@@ -27,7 +27,7 @@ def parse_args(argv=None):
         from_weight="pretrain",
         data_path=ROOT / "dataset" / "sft_mini_512.jsonl",
         epochs=2,
-        batch_size=16,
+        batch_size=8,
         learning_rate=1e-3,
         max_seq_len=340,
     )

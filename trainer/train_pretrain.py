@@ -27,7 +27,7 @@ def parse_args(argv=None):
         from_weight="none",
         data_path=ROOT / "dataset" / "pretrain_hq.jsonl",
         epochs=1,
-        batch_size=32,
+        batch_size=16,
         learning_rate=1e-3,
         max_seq_len=340,
     )

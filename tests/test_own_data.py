@@ -1,0 +1,44 @@
+"""The run on one's own data: rows held back, both stages, answers, curves; as a user types it."""
+
+import json
+
+import pytest
+from inside import run_inside
+
+from conftest import ROOT, run_script
+
+
+@pytest.fixture
+def data(tmp_path):
+    for name in ("pretrain", "sft"):
+        lines = (ROOT / f"dataset/sample/{name}.jsonl").read_text(encoding="utf-8").splitlines()[:220]
+        (tmp_path / f"my_{name}.jsonl").write_text("\n".join([*lines, '{"broken": 1}']), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_from_files_to_answers_and_curves(data):
+    out = data / "out"
+    done = run_script(
+        *(ROOT / "scripts/own_data.py", "--pretrain", "my_pretrain.jsonl", "--sft", "my_sft.jsonl", "--preset", "tiny"),
+        *("--out_dir", out, "--pretrain_steps", 2, "--sft_steps", 2, "--batch_size", 2, "--max_seq_len", 64),
+        *("--prompt", "你好", "--prompt", "hello"),
+        cwd=data,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "pretrain: 218 rows to train on, 2 held back" in done.stdout and done.stdout.count("$ python eval_llm.py") == 2
+    )
+    assert "pretrain: " in done.stdout and "full_sft: " in done.stdout and "held-back loss" in done.stdout
+    held = [json.loads(line) for line in (out / "sft_val.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = (out / "sft.jsonl").read_text(encoding="utf-8")
+    assert len(held) == 2 and not any(json.dumps(row, ensure_ascii=False) in kept for row in held)
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_too_few_rows(data):
+    (data / "few.jsonl").write_text('{"text": "one"}\n', encoding="utf-8")
+    done = run_inside(
+        "scripts/own_data.py", "--pretrain", "few.jsonl", "--sft", "my_sft.jsonl", "--out_dir", data / "o", cwd=data
+    )
+    assert done.returncode == 2 and "1 rows, too few to hold one in 100 back" in done.stderr
