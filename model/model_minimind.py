@@ -508,7 +508,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MiniMindBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = self.blocks_compiled = False
         self.post_init()
 
     def get_input_embeddings(self):
@@ -546,7 +546,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
             key_len = self._key_length(past_key_values, past_len, T)
             bias = attention_bias(attention_mask, document_ids, T, past_len, key_len, x.device)
         bounds = cu_seqlens if bias is None else None
-        if bounds is not None:  # how many documents there are differs from batch to batch: not compiled for each
+        if bounds is not None and self.blocks_compiled:  # once for any number of documents
             torch._dynamo.maybe_mark_dynamic(bounds, 0)
         cos, sin = rope_tables(self.config, position_ids)
         balance = None
@@ -699,6 +699,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
         Of a mixture only the attention: how many tokens an expert gets is known to no compiler.
         """
+        self.model.blocks_compiled = True
         for layer in self.model.layers:
             (layer.self_attn if self.config.use_moe else layer).compile()
 

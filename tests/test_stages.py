@@ -380,3 +380,44 @@ def test_width_that_heads_cannot_share(data, tmp_path):
 def test_a_mistake_ends_a_real_process_alike(folder, data):
     done = run_script(SFT, *places(folder), "--data_path", "sft_mini_512.jsonl", "--from_weight", "none", cwd=ROOT)
     check_mistake(done, "sft_mini_512.jsonl", "dataset/sample/sft.jsonl")
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moe", [0, 1])
+def test_compiled_is_the_same_and_compiles_at_most_three_times(moe, data, tmp_path):
+    """Over two epochs whose last batch is smaller, with a validation after each, and after a resume."""
+    from torch._dynamo.utils import counters
+
+    flags = [*SIZE, *SHORT, *places(tmp_path), "--data_path", data / "sft_code.jsonl", "--from_weight", "none"]
+    flags += ["--use_moe", moe, "--batch_size", 3, "--val_path", data / "sft_val.jsonl", "--save_interval", 1]
+    weights = []
+    for name, compiled in (("eager", 0), ("compiled", 1)):
+        torch.compiler.reset()
+        counters.clear()
+        done = run_inside(SFT, *flags, "--epochs", 2, "--use_compile", compiled, "--save_weight", name)
+        assert done.returncode == 0, done.stderr
+        assert ("compiled: " in done.stdout) == bool(compiled)
+        assert (1 if compiled else 0) <= counters["stats"]["unique_graphs"] <= 3 * compiled
+        weights.append(read_state_dict(tmp_path / f"out/{name}_32{'_moe' if moe else ''}.pth"))
+    assert largest_difference(*weights) < 2e-5
+    again = run_inside(
+        SFT, *flags, "--epochs", 2, "--use_compile", "auto", "--save_weight", "compiled", "--from_resume", 1
+    )
+    assert (
+        again.returncode == 0 and "compiled: " in again.stdout
+    )  # what the checkpoint says, not what auto would choose
+
+
+def test_no_compiler_means_eager_and_a_message(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda function: broken)
+    flags = [*SIZE, *SHORT, *places(tmp_path), "--data_path", data / "sft_code.jsonl", "--from_weight", "none"]
+    done = run_inside(SFT, *flags, "--max_steps", 1, "--use_compile", 1)
+    assert done.returncode == 0, done.stderr
+    assert "not compiled, so slower" in done.stdout and "no C++ compiler" in done.stdout
+
+
+def broken(x):
+    raise RuntimeError("no C++ compiler found\nand more of it")
