@@ -53,7 +53,7 @@ def test_the_dense_twin_is_as_active_as_the_mixture():
     assert multiplied_parameters(dense_twin(config)) == multiplied_parameters(config) - router
 
 
-FLAGS = ["--hidden_size", 32, "--num_hidden_layers", 1, "--num_attention_heads", 4, "--max_seq_len", 64]
+FLAGS = ["--hidden_size", 32, "--num_hidden_layers", 1, "--num_attention_heads", 4, "--max_seq_len", 128]
 FLAGS += ["--batch_size", 2, "--steps", 5, "--use_compile", 0, "--dtype", "float32", "--device", "cpu"]
 
 

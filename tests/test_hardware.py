@@ -42,7 +42,7 @@ sys.path.insert(0, {root!r})
 from trainer.hardware import keep_freed_memory
 if {keep}:
     keep_freed_memory()
-for _ in range(3):
+for _ in range(20):
     torch.ones(1 << 24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):

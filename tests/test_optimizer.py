@@ -1,5 +1,6 @@
 """Optimizers: which weights Muon takes, that its steps are torch's, and that a bad gradient moves nothing."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -83,7 +84,7 @@ def test_state_goes_around():
     first, second = (make_optimizer(ARGS, model) for model in models)
     set_gradients(models[0])
     first.step()
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))  # as from a file: with tensors of its own
     models[1].load_state_dict(models[0].state_dict())
     for model, optimizer in zip(models, (first, second), strict=True):
         set_gradients(model)

@@ -2,7 +2,7 @@
 
 Which tokens those are comes from the chat template's generation markers, so no text in a row can forge a reply.
 
-    python trainer/train_full_sft.py --data_path dataset/sample/sft.jsonl --from_weight pretrain
+    python trainer/train_full_sft.py --data_path dataset/sample/sft.jsonl --from_weight pretrain --batch_size 3
     python trainer/train_full_sft.py --from_weight full_sft --save_weight full_sft_code --data_path dataset/mix.jsonl
     torchrun --nproc_per_node 4 trainer/train_full_sft.py
     python trainer/train_full_sft.py --from_resume 1
@@ -27,7 +27,7 @@ def parse_args(argv=None):
         from_weight="pretrain",
         data_path=ROOT / "dataset" / "sft_mini_512.jsonl",
         epochs=2,
-        batch_size=8,
+        batch_size=16,
         learning_rate=1e-3,
         max_seq_len=340,
     )

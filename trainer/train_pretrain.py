@@ -2,7 +2,7 @@
 
 Long texts are split into rows, short ones share a row without seeing each other.
 
-    python trainer/train_pretrain.py --data_path dataset/sample/pretrain.jsonl --preset tiny
+    python trainer/train_pretrain.py --data_path dataset/sample/pretrain.jsonl --preset tiny --batch_size 4
     python trainer/train_pretrain.py --data_path dataset/pretrain_hq.jsonl --val_path dataset/pretrain_val.jsonl
     torchrun --nproc_per_node 4 trainer/train_pretrain.py
     python trainer/train_pretrain.py --from_resume 1
@@ -27,7 +27,7 @@ def parse_args(argv=None):
         from_weight="none",
         data_path=ROOT / "dataset" / "pretrain_hq.jsonl",
         epochs=1,
-        batch_size=16,
+        batch_size=32,
         learning_rate=1e-3,
         max_seq_len=340,
     )

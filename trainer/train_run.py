@@ -46,6 +46,7 @@ from trainer.trainer_utils import (
 
 # an update whose gradient is not finite is left out; so many in a row mean that the run is lost
 MAX_BAD_UPDATES = 10
+FEW_UPDATES = 100
 
 
 class TrainRun:
@@ -96,6 +97,8 @@ class TrainRun:
         self.total_steps = self.steps_per_epoch * args.epochs
         if args.max_steps > 0:
             self.total_steps = min(self.total_steps, args.max_steps)
+        if self.total_steps < FEW_UPDATES and args.max_steps < 1 and args.batch_size > 1:
+            Logger(f"only {self.total_steps:,} updates: a small data set learns more with a smaller --batch_size")
         self.warmup_steps = round(self.total_steps * args.warmup_ratio)
 
         self.start_epoch = self.start_step = 0
