@@ -36,6 +36,7 @@ def parse_args(argv=None):
     add("--max_seq_len", type=positive_int, default=512)
     add("--batch_size", type=positive_int, default=8, help="rows of --max_seq_len tokens per update")
     add("--learning_rate", default="1e-3")
+    add("--optimizer", default="adamw", choices=["adamw", "muon"])
     add("--pretrain_steps", type=int, default=0, help="updates; 0: once through the text")
     add("--sft_steps", type=int, default=0, help="updates; 0: once through the conversations")
     add("--prompt", action="append", default=[], help="asked at the end; may be repeated")
@@ -74,7 +75,7 @@ def train(script: str, args, kind: str, steps: int, *flags) -> float:
         *(f"trainer/{script}.py", "--save_dir", out, "--checkpoint_dir", out / "checkpoints", *flags),
         *("--data_path", out / f"{kind}.jsonl", "--val_path", out / f"{kind}_val.jsonl", "--max_steps", steps),
         *("--max_seq_len", args.max_seq_len, "--batch_size", args.batch_size, "--learning_rate", args.learning_rate),
-        *("--epochs", 1, "--preset", args.preset),
+        *("--epochs", 1, "--preset", args.preset, "--optimizer", args.optimizer),
     )
 
 
