@@ -162,8 +162,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     is Liger Kernel's fused linear cross-entropy (https://arxiv.org/abs/2410.10989, section 3.2), in plain torch.
     """
 
-    CHUNK = {"cpu": 512}  # tokens at a time: logits that stay in the cache of a CPU ...
-    LARGE_CHUNK = 8192  # ... and that keep a GPU busy
+    CHUNK = 512  # tokens at a time on a CPU, whose cache they fit
+    GPU_LOGITS = 1 << 24  # at a time elsewhere: enough to keep a GPU busy, 64 MB in fp32
+
+    @staticmethod
+    def chunk(device: str, vocab_size: int) -> int:
+        """Tokens whose logits are worked out together."""
+        small = LinearCrossEntropy.CHUNK
+        return small if device == "cpu" else max(LinearCrossEntropy.GPU_LOGITS // vocab_size, small)
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -175,7 +181,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         with torch.autocast(device, enabled=False):
             w = weight.to(dtype)
-            size = LinearCrossEntropy.CHUNK.get(device, LinearCrossEntropy.LARGE_CHUNK)
+            size = LinearCrossEntropy.chunk(device, len(weight))
             for start in range(0, len(hidden), size):
                 part = slice(start, start + size)
                 h, target = hidden[part].to(dtype), targets[part]
@@ -400,7 +406,8 @@ class MoE(nn.Module):
         plain = self.experts[0].output_gate is None and not (self.training and self.experts[0].dropout)
         aligned = all(dim % 8 == 0 for dim in self.experts[0].gate_proj.weight.shape)  # to the kernel's 16 bytes
         if device == "cuda" and half and plain and aligned and hasattr(F, "grouped_mm"):
-            return self.run_grouped if torch.cuda.get_device_capability() >= (8, 0) else self.run_all
+            # elsewhere torch's grouped product asks the GPU for the counts, and the host waits
+            return self.run_grouped if torch.cuda.get_device_capability()[0] in (9, 10) else self.run_all
         return self.run_all
 
     def dispatch(self, flat: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -541,11 +548,13 @@ class MiniMindModel(MiniMindPreTrainedModel):
         cache_position = torch.arange(T, device=x.device) + past_len
         if position_ids is None:
             position_ids = cache_position[None]
-        bias = None
-        if not self._has_kernel(x, cu_seqlens, past_key_values):
+        bias, bounds = None, cu_seqlens
+        if not self._has_kernel(x, attention_mask, cu_seqlens, past_key_values):
+            bounds = None
+            if cu_seqlens is not None and document_ids is None:
+                document_ids = self._sequences(None, cu_seqlens, x).view(B, T) + 1
             key_len = self._key_length(past_key_values, past_len, T)
             bias = attention_bias(attention_mask, document_ids, T, past_len, key_len, x.device)
-        bounds = cu_seqlens if bias is None else None
         if bounds is not None and self.blocks_compiled:  # once for any number of documents
             torch._dynamo.maybe_mark_dynamic(bounds, 0)
         cos, sin = rope_tables(self.config, position_ids)
@@ -581,9 +590,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
             return size()
         return past_len + query_len
 
-    def _has_kernel(self, x: torch.Tensor, cu_seqlens, past_key_values) -> bool:
+    def _has_kernel(self, x: torch.Tensor, attention_mask, cu_seqlens, past_key_values) -> bool:
         """Whether attention can go by cu_seqlens instead of a mask."""
-        if cu_seqlens is None or past_key_values is not None:
+        if cu_seqlens is None or attention_mask is not None or past_key_values is not None:
             return False
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -13,6 +13,8 @@ L the longest of them.
 from __future__ import annotations
 
 import inspect
+import re
+import zlib
 from functools import lru_cache
 
 import torch
@@ -23,7 +25,7 @@ except ImportError:  # torch before 2.10
     varlen_attn = None
 
 # remote code loads this file a second time under another name, and an operator may be registered only once
-NAMESPACE = __name__.replace(".", "_")
+NAMESPACE = f"{re.sub(r'[^0-9A-Za-z_]', '_', __name__)}_{zlib.crc32(__name__.encode())}"
 TILE = 1 << 20  # scores of a tile: 2 to 4 MB, so that they stay in the cache between the steps of the softmax
 SHORT = 512  # tokens; the queries of longer documents are worked off in blocks, each with the keys up to its end
 
@@ -39,10 +41,14 @@ def can_attend(device_type: str, dtype: torch.dtype, head_dim: int, dropout: flo
 
 @lru_cache
 def has_varlen_flash() -> bool:
-    """Whether torch has variable-length attention with its present arguments (2.12 on) and a GPU that can run it."""
-    if varlen_attn is None or not {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
-        return False
-    return torch.version.cuda is not None and torch.cuda.get_device_capability() >= (8, 0)
+    """Whether torch has variable-length attention (2.10 on) and a GPU that can run it."""
+    return varlen_attn is not None and torch.version.cuda is not None and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@lru_cache
+def varlen_arguments() -> frozenset[str]:
+    """The names of varlen_attn's arguments: causality and grouped heads are asked for in other ways since 2.12."""
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def document_attention(
@@ -60,8 +66,13 @@ def document_attention(
     """
     if q.device.type == "cpu":
         return _attention(q, k, v, cu_seqlens)
-    lengths = (cu_seqlens, cu_seqlens, max_length, max_length)
-    return varlen_attn(q, k, v, *lengths, window_size=(-1, 0), enable_gqa=q.size(1) != k.size(1))
+    known, groups = varlen_arguments(), q.size(1) // k.size(1)
+    how = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if groups > 1 and "enable_gqa" in known:
+        how["enable_gqa"] = True
+    elif groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, **how)
 
 
 # --- the CPU: tiles of documents --------------------------------------------------------------------------------------
@@ -97,9 +108,18 @@ def _blocks(start: int, end: int, heads: int) -> list[tuple[int, int]]:
     return [(first, min(first + size, end)) for first in range(start, end, size)]
 
 
-@lru_cache(maxsize=64)
 def _causal(queries: int, keys: int, groups: int, dtype: torch.dtype) -> torch.Tensor:
     """[G * queries, keys] of 0 and -inf for the last `queries` of a document's first `keys` tokens."""
+    # blocks of long documents come in too many sizes to be kept
+    return _kept_causal(queries, groups, dtype) if queries == keys else _new_causal(queries, keys, groups, dtype)
+
+
+@lru_cache(maxsize=64)
+def _kept_causal(length: int, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    return _new_causal(length, length, groups, dtype)
+
+
+def _new_causal(queries: int, keys: int, groups: int, dtype: torch.dtype) -> torch.Tensor:
     allowed = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     return torch.zeros(queries, keys, dtype=dtype).masked_fill_(~allowed, -torch.inf).repeat(groups, 1)
 
@@ -116,7 +136,10 @@ def _by_token(x: torch.Tensor, n: int, heads: int) -> torch.Tensor:
 
 
 def _probabilities(q: torch.Tensor, k: torch.Tensor, queries: int) -> torch.Tensor:
-    """q [n * K, G * queries, D], k [n * K, keys, D] -> [n * K, G * queries, keys]; torch's softmax sums in fp32."""
+    """q [n * K, G * queries, D], k [n * K, keys, D] -> [n * K, G * queries, keys].
+
+    In bf16 the scores are rounded before the softmax, which then sums in fp32.
+    """
     bias = _causal(queries, k.size(1), q.size(1) // queries, q.dtype)
     return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.size(-1) ** -0.5).softmax(-1)
 
@@ -149,7 +172,7 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: to
 @torch.library.custom_op(f"{NAMESPACE}::document_attention_backward", mutates_args=(), device_types="cpu")
 def _attention_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor
-) -> list[torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v; the probabilities are worked out again, which is cheaper than keeping them."""
     heads, kv_heads = q.size(1), k.size(1)
     scale = q.size(-1) ** -0.5
@@ -178,7 +201,7 @@ def _attention_backward(
             dq[first:last] = _by_token((ds @ keys).mul_(scale), 1, heads)[0]
             dk[start:last] += _by_token((ds.mT @ queries).mul_(scale), 1, kv_heads)[0]
             dv[start:last] += _by_token(p.mT @ part, 1, kv_heads)[0]
-    return [dq, dk, dv]
+    return dq, dk, dv
 
 
 @_attention.register_fake
@@ -188,7 +211,7 @@ def _(q, k, v, cu_seqlens):
 
 @_attention_backward.register_fake
 def _(grad, q, k, v, cu_seqlens):
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _setup(ctx, inputs, output):

@@ -945,7 +945,7 @@ def test_remote_code_in_a_clean_process_offline(tmp_path):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     for code in (EXPORT, IMPORT):
         done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "export"), str(ROOT)],
+            [sys.executable, "-c", code, str(tmp_path / "My-模型 1"), str(ROOT)],
             cwd=tmp_path,
             env=env,
             capture_output=True,

@@ -95,8 +95,32 @@ def test_the_operators_are_sound():
     torch.library.opcheck(packed_attention._attention, (*inputs, bounds(8, 12)))
 
 
-def test_where_there_is_a_kernel():
+def test_where_there_is_a_kernel(monkeypatch):
     assert can_attend("cpu", torch.float32, 64, 0.0) and can_attend("cpu", torch.bfloat16, 64, 0.0)
     assert not can_attend("cpu", torch.float32, 64, 0.1)  # dropout on the scores needs the scores
     assert not can_attend("mps", torch.float32, 64, 0.0)
+    monkeypatch.setattr(packed_attention, "has_varlen_flash", lambda: True)
+    assert can_attend("cuda", torch.bfloat16, 64, 0.0)
     assert not can_attend("cuda", torch.float32, 64, 0.0)  # flash attention is for half precision
+    assert not can_attend("cuda", torch.bfloat16, 20, 0.0)
+    monkeypatch.setattr(packed_attention, "has_varlen_flash", lambda: False)
+    assert not can_attend("cuda", torch.bfloat16, 64, 0.0)
+
+
+@pytest.mark.parametrize("version", ["2.10", "2.11", "2.12"])
+def test_varlen_attention_is_asked_in_the_words_of_each_torch(version, monkeypatch):
+    """On the meta device, as there is no GPU: what is asked must be what that version of torch takes."""
+    asked = {}
+    known = {"2.10": {"is_causal"}, "2.11": {"window_size"}, "2.12": {"window_size", "enable_gqa"}}[version]
+
+    def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, **how):
+        assert set(how) <= known and cu_seq_q is cu_seq_k and (max_q, max_k) == (12, 12)
+        asked.update(how, key_heads=k.size(1))
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(packed_attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(packed_attention, "varlen_arguments", lambda: frozenset(known))
+    q, k, v = (torch.empty(20, heads, 8, device="meta") for heads in (4, 2, 2))
+    assert document_attention(q, k, v, torch.empty(3, device="meta"), 12).shape == q.shape
+    assert asked.get("is_causal") is True or asked["window_size"] == (-1, 0)
+    assert asked["key_heads"] == (2 if asked.get("enable_gqa") else 4)
