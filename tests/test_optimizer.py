@@ -10,7 +10,14 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.optimizer import MuonWithAdamW, make_optimizer
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 or later")
-ARGS = SimpleNamespace(optimizer="muon", learning_rate=1e-2, weight_decay=0.1, device="cpu")
+
+
+class Args(SimpleNamespace):
+    def __or__(self, changes):
+        return Args(**vars(self) | changes)
+
+
+ARGS = Args(optimizer="muon", learning_rate=1e-2, weight_decay=0.1, device="cpu")
 
 
 def a_model(**sizes):
@@ -60,17 +67,22 @@ def test_a_step_is_that_of_torchs_two_optimizers():
 
 
 @needs_muon
-def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was():
-    """As on CUDA, where nobody waits for the verdict: before the first step there is no momentum to move by, either."""
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(steps_before):
+    """As on CUDA, where nobody waits for the verdict; with a momentum that would move the weights, and without."""
     model = a_model()
+    optimizer = make_optimizer(ARGS | {"weight_decay": 0.1 * bool(steps_before)}, model)
+    for _ in range(steps_before):
+        set_gradients(model)
+        optimizer.step()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = make_optimizer(ARGS, model)
-    for group in optimizer.param_groups:
-        group["weight_decay"] = 0.0
+    momentum = [v.clone() for state in optimizer.parts["muon"].state.values() for v in state.values()]
     set_gradients(model, float("nan"))
     optimizer.found_inf = torch.ones(())
     optimizer.step()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    after = [v for state in optimizer.parts["muon"].state.values() for v in state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(momentum, after, strict=False))
     set_gradients(model)
     optimizer.found_inf = torch.zeros(())
     optimizer.step()
@@ -105,7 +117,6 @@ def test_nothing_for_muon_to_do():
 
 
 def test_adamw_is_the_default_and_fused():
-    args = SimpleNamespace(**vars(ARGS) | {"optimizer": "adamw"})
-    optimizer = make_optimizer(args, a_model())
+    optimizer = make_optimizer(ARGS | {"optimizer": "adamw"}, a_model())
     assert isinstance(optimizer, torch.optim.AdamW) and not isinstance(optimizer, MuonWithAdamW)
     assert optimizer.defaults["fused"]

@@ -23,14 +23,23 @@ class MuonWithAdamW:
         return [group for part in self.parts.values() for group in part.param_groups]
 
     def step(self) -> None:
-        if self.found_inf is not None:  # AdamW's kernel leaves its weights alone, Muon's get a gradient of zero
+        before = []
+        if self.found_inf is not None:  # AdamW's kernel leaves weights and moments alone; Muon's are put back
             self.parts["adamw"].found_inf = self.found_inf
-            for group in self.parts["muon"].param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.grad.masked_fill_(self.found_inf.bool(), 0.0)
+            before = [(tensor, tensor.clone()) for tensor in self._moved_by_muon()]
         for part in self.parts.values():
             part.step()
+        for tensor, value in before:
+            tensor.copy_(torch.where(self.found_inf.bool(), value, tensor))
+
+    def _moved_by_muon(self) -> list[torch.Tensor]:
+        """Weights and momentum; a first gradient becomes zero if it is not finite, as there is no momentum to keep."""
+        muon, tensors = self.parts["muon"], []
+        for p in (p for group in muon.param_groups for p in group["params"] if p.grad is not None):
+            tensors += [p.data, *(value for value in muon.state[p].values() if isinstance(value, torch.Tensor))]
+            if not muon.state[p]:
+                p.grad.masked_fill_(self.found_inf.bool(), 0.0)
+        return tensors
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for part in self.parts.values():
@@ -61,7 +70,9 @@ def make_optimizer(args, model: torch.nn.Module, params=None) -> torch.optim.Opt
     Raises:
         ValueError: Muon asked of a torch that has none.
     """
-    groups = params or parameter_groups(model, args.weight_decay)
+    groups = list(params) if params is not None else parameter_groups(model, args.weight_decay)
+    if not isinstance(groups[0], dict):
+        groups = [{"params": groups, "weight_decay": args.weight_decay}]
     if args.optimizer == "muon":
         optimizer = _muon(args, model, groups)
     else:
@@ -82,15 +93,13 @@ def _muon(args, model: torch.nn.Module, groups) -> MuonWithAdamW:
         raise ValueError(
             f"--optimizer muon needs torch 2.9 or later, this is {torch.__version__}: upgrade torch, or pass adamw"
         )
-    if not isinstance(groups[0], dict):
-        groups = [{"params": list(groups)}]
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     linear -= {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    chosen = [p for group in groups for p in group["params"] if id(p) in linear]
+    linear -= {id(p) for name, p in model.named_parameters() if name.endswith("lm_head.weight")}
+    chosen = [group | {"params": [p for p in group["params"] if id(p) in linear]} for group in groups]
     others = [group | {"params": [p for p in group["params"] if id(p) not in linear]} for group in groups]
+    chosen, others = ([group for group in part if group["params"]] for part in (chosen, others))
     if not chosen:
         raise ValueError("--optimizer muon is for linear layers, and none is trained here: pass --optimizer adamw")
-    muon = torch.optim.Muon(
-        chosen, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return MuonWithAdamW(muon, _adamw(args, [group for group in others if group["params"]]))
+    muon = torch.optim.Muon(chosen, lr=args.learning_rate, adjust_lr_fn="match_rms_adamw")
+    return MuonWithAdamW(muon, _adamw(args, others)) if others else muon
