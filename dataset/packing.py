@@ -1,9 +1,11 @@
 """Rows for a run: documents packed into rows of max_length tokens, and the collator that makes batches of rows.
 
-Packing is by best fit, so nearly every position of a batch is a real token. Where documents of pretraining fit badly,
-because most are longer than half a row, a few of them are cut to fill the gaps. Documents stay apart: attention ends at
+Packing is by best fit, so nearly every position of a batch is a real token. Documents stay apart: attention ends at
 their borders (`cu_seqlens`, `document_ids`), positions start again at 0, and no label crosses a border, so a packed
 document gets the loss and the gradients that it would get alone.
+
+Where texts of pretraining fit badly, because most are longer than half a row, some are cut to fill the gaps, as too
+long ones are cut anyway. Each part is then a document of its own, without what came before it; the report counts them.
 
     rows = Rows(dataset, packing=True, seed=42)
     loader = DataLoader(rows, batch_size=16, collate_fn=Collator(dataset.max_length, pad_token_id=0))
@@ -12,6 +14,7 @@ document gets the loss and the gradients that it would get alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain, count
 from typing import NamedTuple
@@ -21,7 +24,7 @@ import torch
 from torch.utils.data import Dataset
 
 IGNORE_INDEX = -100
-FULL = 0.99  # of the positions: what best fit has filled so far is left as it is
+FULL = 0.98  # of the positions: documents are cut until that is reached, and no further
 
 
 class Parts(NamedTuple):
@@ -77,7 +80,7 @@ class Rows(Dataset):
         if not self.packing:
             self._dealt = np.arange(len(self._row_of))
             return
-        shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(self._row_of))
+        shuffled = np.random.default_rng([self.seed % 2**32, epoch]).permutation(len(self._row_of))
         by_length = shuffled[np.argsort(-self._parts.lengths[shuffled], kind="stable")]
         self._dealt = by_length[np.argsort(self._row_of, kind="stable")]
 
@@ -126,7 +129,8 @@ class Collator:
         T, sizes = self.max_length, [len(ids) for ids, _, _ in rows]
         if max(sizes) > T:
             raise ValueError(f"a row has {max(sizes):,} tokens but may hold {T:,}: give dataset and collator the same")
-        ids, labels = np.full((len(rows), T), self.pad_token_id), np.full((len(rows), T), IGNORE_INDEX)
+        ids = np.full((len(rows), T), self.pad_token_id, dtype=np.int64)
+        labels = np.full_like(ids, IGNORE_INDEX)
         positions, numbers = np.zeros_like(ids), np.zeros_like(ids)
         starts = []
         for r, (row_ids, trained, lengths) in enumerate(rows):
@@ -136,7 +140,7 @@ class Collator:
             labels[r, ends - lengths] = IGNORE_INDEX
             positions[r, :size] = np.arange(size) - np.repeat(ends - lengths, lengths)
             numbers[r, :size] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-            starts.append(r * T + np.append(ends - lengths, [size] if size < T else []))
+            starts.append(r * T + np.append(ends - lengths, size)[: len(lengths) + (size < T)])
         cu_seqlens = np.concatenate([*starts, [len(rows) * T]])
         batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "document_ids": numbers}
         batch |= {"cu_seqlens": cu_seqlens.astype(np.int32)}
@@ -193,7 +197,8 @@ def cut_to_fill(lengths: np.ndarray, row_of: np.ndarray, capacity: int) -> tuple
     """Empty the rows that are filled least, and fill the gaps of the others with parts of their documents.
 
     Parts of one document share a token, the last of the one and the first of the next, so every token but the first is
-    still predicted exactly once. Gaps below a sixteenth of a row are left: too little context is worth no cut.
+    still predicted exactly once. No part of a cut document is shorter than a sixteenth of a row, lest it has too little
+    context, and no more rows are emptied than it takes to fill the others to FULL.
 
     Args:
         lengths, row_of: int64 [documents].
@@ -205,6 +210,7 @@ def cut_to_fill(lengths: np.ndarray, row_of: np.ndarray, capacity: int) -> tuple
     by_load = np.argsort(loads, kind="stable")
     room = np.where(gaps >= least, gaps - 1, 0)[by_load]  # of each gap a token goes to the overlap
     emptied = np.cumsum(loads[by_load]) <= room.sum() - np.cumsum(room)  # so many rows fit into the gaps of the rest
+    emptied &= np.arange(len(loads)) < len(loads) - math.ceil(lengths.sum() / (FULL * capacity))
     is_emptied = np.zeros(len(loads), dtype=bool)
     is_emptied[by_load[emptied]] = True
     largest_first = ((row, int(gaps[row])) for row in by_load[~emptied].tolist() if gaps[row] >= least)
@@ -216,6 +222,8 @@ def cut_to_fill(lengths: np.ndarray, row_of: np.ndarray, capacity: int) -> tuple
             if gap < min(least, left):
                 row, gap = next(places)
             size = min(gap, left)
+            if size < left < size + least - 1:  # what is left would be too short
+                size = left + 1 - least
             parts.append((document, offset, size, row))
             gap -= size
             if size == left:

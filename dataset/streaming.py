@@ -66,7 +66,7 @@ class StreamedRows(IterableDataset):
         for number, window in enumerate(self._windows()):
             rows = Rows(window, self.packing, self.seed)
             rows.set_epoch(number)
-            for index in np.random.default_rng([self.seed, number, 1]).permutation(len(rows)):
+            for index in np.random.default_rng([self.seed % 2**32, number, 1]).permutation(len(rows)):
                 if taken == self.length:
                     return
                 yield rows[int(index)]

@@ -17,6 +17,7 @@ from inside import run_inside
 from conftest import ROOT, run_script
 from model.model_minimind import MiniMindBlock
 from model.weights import read_state_dict
+from trainer.train_run import TrainRun
 
 SIZE = ["--hidden_size", 32, "--num_hidden_layers", 2, "--num_attention_heads", 2]
 SHORT = ["--batch_size", 8, "--max_seq_len", 96, "--dtype", "float32", "--device", "cpu"]
@@ -286,6 +287,46 @@ def test_interrupted_run_ends_with_the_same_bits(name, uninterrupted, tmp_path):
         for place in (whole, tmp_path)
     ]
     assert results[0] == results[1]
+
+
+def test_resume_on_data_with_one_short_text_more_is_refused(data, tmp_path):
+    """It may well fit into a gap, so that there are no more rows than before, and still every row would be another."""
+    copied = tmp_path / "texts.jsonl"
+    shutil.copy(data / "pretrain.jsonl", copied)
+    flags = [*SIZE, *SHORT, *places(tmp_path), "--data_path", copied, "--batch_size", 2, "--save_interval", 1]
+    first = run_inside(PRETRAIN, *flags, "--max_steps", 2)
+    assert first.returncode == 0, first.stderr
+    with copied.open("a", encoding="utf-8") as file:
+        file.write('{"text": "one"}\n')
+    done = run_inside(PRETRAIN, *flags, "--max_steps", 4, "--from_resume", 1)
+    assert done.returncode == 2 and "(now " in done.stderr and "tokens " in done.stderr
+
+
+@pytest.mark.parametrize("script, name", [(PRETRAIN, "pretrain"), (SFT, "sft")])
+def test_a_stream_trains_and_resumes_bit_for_bit(script, name, data, tmp_path, monkeypatch):
+    flags = [*SIZE, *SHORT, "--data_path", data / f"{name}.jsonl", "--batch_size", 2, "--streaming", 1]
+    flags += ["--from_weight", "none", "--save_weight", "w", "--save_interval", 3, "--dropout", 0.1]
+    flags += ["--max_steps", 6]
+    whole = run_inside(script, *flags, *places(tmp_path / "whole"))
+    assert whole.returncode == 0 and "tokenised on the way" in whole.stdout, whole.stderr
+    save = TrainRun.save
+
+    def save_then_stop(self, step):
+        save(self, step)
+        if self.monitor.done == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainRun, "save", save_then_stop)
+        assert run_inside(script, *flags, *places(tmp_path / "parts")).returncode == 130
+    done = run_inside(script, *flags, *places(tmp_path / "parts"), "--from_resume", 1)
+    assert done.returncode == 0 and "epoch 1, step 3/6" in done.stdout, done.stderr
+    assert same_bits(*(read_state_dict(tmp_path / part / "out/w_32.pth") for part in ("whole", "parts")))
+
+
+def test_a_stream_without_its_length_is_refused(data, tmp_path):
+    done = run_inside(PRETRAIN, *SIZE, *places(tmp_path), "--data_path", data / "pretrain.jsonl", "--streaming", 1)
+    assert done.returncode == 2 and "say by --max_steps" in done.stderr
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-# --use_compile auto compiles from this many floating-point operations on. Compiling takes half a minute to a minute; on
-# a CPU it makes a step 3 to 10 % faster (docs/benchmarks.md), which pays in a run of some ten minutes; a GPU, where it
-# was not measured here, does 1e16 in a minute or two.
-COMPILE_FROM = {"cpu": 1e14, "cuda": 1e16}
+# --use_compile auto compiles from this many floating-point operations on. On a CPU compiling takes 10 to 30 s and makes
+# a step 2 to 9 % faster (docs/benchmarks.md): it pays in a run of some ten minutes in bf16, some thirty in fp32. A GPU,
+# where it was not measured here, does 1e16 in a minute or two.
+COMPILE_FROM = {"cpu": 3e14, "cuda": 1e16}
 
 
 def choose_device(wanted: str = "auto") -> str:
@@ -108,7 +108,8 @@ def choose_compile(wanted: str, device: str, flops: float, say=print) -> bool:
         return False
     if reason := why_no_compile(device):
         say(
-            f"not compiled, so slower: torch.compile does not work here ({reason}). Install a C++ compiler (g++, clang)"
+            f"not compiled, so slower: torch.compile does not work here ({reason}). It needs a C++ compiler, "
+            "such as g++, clang or on Windows MSVC; on a GPU triton too"
         )
         return False
     return True

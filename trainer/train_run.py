@@ -146,7 +146,7 @@ class TrainRun:
             args.dtype = saved["dtype"]
             self.scaler = torch.amp.GradScaler(self.device_type, enabled=args.dtype == "float16")
         if "use_compile" in args.chosen:
-            args.use_compile = saved["use_compile"]
+            args.use_compile = saved.get("use_compile", "0")
         load_state(model, state["model"], path)
         stated = [
             {name: group[name] for name in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups
@@ -169,23 +169,30 @@ class TrainRun:
             if saved[name] != getattr(args, name):
                 Logger(f"note: --{name} was {saved[name]} before the resume and is {getattr(args, name)} from now on")
         for name in ("batch_size", "accumulation_steps", "max_seq_len", "packing", "seed", "optimizer"):
-            if saved[name] != getattr(args, name):
+            if saved.get(name) != getattr(args, name):
                 why = "its state fits no other" if name == "optimizer" else "rows would be trained twice or never"
                 raise ValueError(
-                    f"{path} was written with --{name} {saved[name]}, now it is {getattr(args, name)}: {why}. "
-                    f"Pass --{name} {saved[name]}, or start anew with --from_resume 0"
+                    f"{path} was written with --{name} {saved.get(name)}, now it is {getattr(args, name)}: {why}. "
+                    f"Pass --{name} {saved.get(name)}, or start anew with --from_resume 0"
                 )
-        if state["rows"] != self._rows or state["world_size"] != self.world_size:
+        then = {**(state.get("data") or {}), "processes": state["world_size"]}
+        now = {**self._data, "processes": self.world_size}
+        changed = [f"{name} {then.get(name)} (now {value})" for name, value in now.items() if then.get(name) != value]
+        if changed:
             raise ValueError(
-                f"{path} was written with {state['rows']} rows and {state['world_size']} process(es), now there are "
-                f"{self._rows} and {self.world_size}: continue with the same data and processes, or start anew "
-                "with --from_resume 0 --from_weight"
+                f"{path} was written with {', '.join(changed)}: continue with the same data and processes, or start "
+                "anew with --from_resume 0 --from_weight"
             )
 
     @property
     def _rows(self) -> int:
         """How many rows there are to go through; 0 for a stream, which has no end."""
         return 0 if isinstance(self.dataset, IterableDataset) else len(self.dataset)
+
+    @property
+    def _data(self) -> dict:
+        """What the data counts, rows and tokens among it: the same only for the same data."""
+        return {"rows": self._rows} | getattr(self.dataset, "report", {})
 
     @property
     def done(self) -> int:
@@ -407,7 +414,13 @@ class TrainRun:
             rng = [None] * self.world_size
             dist.all_gather_object(rng, get_rng_state())
         if is_main_process():
-            saved = {"rng": rng, "args": plain(self.args), "rows": self._rows, "scaler": self.scaler}
+            saved = {
+                "rng": rng,
+                "args": plain(self.args),
+                "data": self._data,
+                "rows": self._rows,
+                "scaler": self.scaler,
+            }
             lm_checkpoint(
                 self.lm_config,
                 self.args.save_weight,
