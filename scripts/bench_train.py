@@ -10,7 +10,7 @@ position, fp32 on a CPU and autocast on CUDA; same rows, same network, same opti
 
 Real tokens are those that are no padding. The operations of a step are 6 per token and multiplied parameter, those of
 the output layer only where a label is, and 6 * hidden size * length^2 per document and layer for causal attention.
-The peak is the best of a few square products, measured in the same run. Memory is the whole process's on a CPU.
+The peak is the best of a few square products, measured in the same run. The process's memory is that of all ways.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def parse_args(argv=None):
     add("--use_compile", default="auto", choices=["auto", "0", "1"], help="auto: if it works here")
     add("--optimizer", default="adamw", choices=["adamw", "muon"])
     add("--packing", type=int, choices=[0, 1], default=1)
-    add("--steps", type=positive_int, default=5, help="steps that are measured, of each way with --compare")
+    add("--steps", type=positive_int, default=5, help="steps that are measured; at least 5 of each way with --compare")
     add("--compare", action="store_true", help="against MiniMind's way")
     add("--dense_twin", action="store_true", help="a mixture against a dense model with the same active parameters")
     add("--json", action="store_true", help="one JSON object per line, the last one with the ratio if there is one")
@@ -60,6 +60,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.device = choose_device(args.device)
     args.dtype = choose_dtype(args.dtype, args.device)
+    if args.compare:
+        args.steps = max(args.steps, 5)
     return args
 
 
@@ -88,7 +90,7 @@ class Way:
         began = time.perf_counter()
         self.step()
         self.first_seconds = time.perf_counter() - began
-        self.seconds, self.flops = [], []
+        self.seconds, self.flops, self.gpu_memory = [], [], 0.0
 
     def step(self) -> float:
         """Train on a batch; returns its operations."""
@@ -111,9 +113,14 @@ class Way:
 
     def measure(self) -> float:
         """One more step on the clock; returns its real tokens per second."""
+        on_gpu = torch.device(self.args.device).type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         self.flops.append(self.step())
         self.seconds.append(time.perf_counter() - began)
+        if on_gpu:
+            self.gpu_memory = max(self.gpu_memory, torch.cuda.max_memory_allocated() / 2**20)
         return self.tokens_per_second(self.seconds[-1])
 
     def tokens_per_second(self, seconds: float) -> float:
@@ -122,6 +129,7 @@ class Way:
     def result(self, peak: float) -> dict:
         seconds = statistics.median(self.seconds)
         tokens = self.tokens_per_second(seconds)
+        speed = statistics.median(flops / s for flops, s in zip(self.flops, self.seconds, strict=True))
         return {
             "way": self.name,
             "dtype": self.dtype,
@@ -131,10 +139,9 @@ class Way:
             "padding_share": round(1 - self.fill, 4),
             "ms_per_step": round(seconds * 1e3, 1),
             "first_step_seconds": round(self.first_seconds, 1),
-            "tflops": round(statistics.mean(self.flops) / seconds / 1e12, 4),
-            "share_of_peak": round(statistics.mean(self.flops) / seconds / peak, 4),
-            "peak_memory_mb": round(peak_memory(self.args.device)),
-        }
+            "tflops": round(speed / 1e12, 4),
+            "share_of_peak": round(speed / peak, 4),
+        } | ({"gpu_memory_mb": round(self.gpu_memory)} if self.gpu_memory else {})
 
 
 def our_loss(model, batch):
@@ -189,14 +196,16 @@ def dense_twin(config: MiniMindConfig) -> MiniMindConfig:
 def measured_peak(args) -> float:
     """Operations per second of the best of a few square matrix products, in the precision of the training."""
     best, dtype = 0.0, getattr(torch, args.dtype)
+    repeats = 20 if torch.device(args.device).type == "cuda" else 1  # else it is the waiting that is measured
     for n in (2048, 3072, 4096):
         a, b = (torch.randn(n, n, device=args.device, dtype=dtype) for _ in range(2))
         for _ in range(4):
             synchronize(args.device)
             began = time.perf_counter()
-            a @ b
+            for _ in range(repeats):
+                a @ b
             synchronize(args.device)
-            best = max(best, 2 * n**3 / (time.perf_counter() - began))
+            best = max(best, repeats * 2 * n**3 / (time.perf_counter() - began))
     return best
 
 
@@ -208,10 +217,8 @@ def synchronize(device: str) -> None:
         torch.mps.synchronize()
 
 
-def peak_memory(device: str) -> float:
-    """Megabytes at the most: of the GPU's memory, or of the process's on a CPU; 0 where the system does not tell."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+def peak_memory() -> float:
+    """Megabytes of the whole process at the most, all ways together; 0 where the system does not tell."""
     try:
         import resource
     except ImportError:  # Windows
@@ -259,11 +266,11 @@ def main(args):
     for way in ways:
         show(args, way.result(peak))
     machine = {"device": args.device, "threads": torch.get_num_threads(), "peak_tflops": round(peak / 1e12, 3)}
+    show(args, machine | {"process_memory_mb": round(peak_memory())})
     for other in ways[1:]:
         ratios = [a / b for a, b in zip(speeds["ours"], speeds[other.name], strict=True)]
-        machine |= {"against": other.name, "ratio": round(statistics.median(ratios), 2)}
-        machine |= {"lowest": round(min(ratios), 2), "highest": round(max(ratios), 2), "pairs": len(ratios)}
-    show(args, machine)
+        result = {"against": other.name, "ratio": round(statistics.median(ratios), 2)}
+        show(args, result | {"lowest": round(min(ratios), 2), "highest": round(max(ratios), 2), "pairs": len(ratios)})
 
 
 if __name__ == "__main__":

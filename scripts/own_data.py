@@ -79,9 +79,14 @@ def train(script: str, args, kind: str, steps: int, *flags) -> float:
     )
 
 
+def curve(out: Path, name: str) -> Path:
+    """The metrics file that the stage has just written; an older run of another size may have left one, too."""
+    return max(out.glob(f"{name}_*.metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+
+
 def report(out: Path, seconds: dict[str, float]) -> None:
     for name, elapsed in seconds.items():
-        path = next(out.glob(f"{name}_*[0-9].json"))
+        path = Path(str(curve(out, name)).removesuffix(".metrics.jsonl") + ".json")
         metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
         print(
             f"{name}: {elapsed / 60:.1f} min, {metrics['tokens_per_second']:,.0f} trained tokens/s, "
@@ -97,8 +102,7 @@ def main(args):
     seconds["full_sft"] = train("train_full_sft", args, "sft", args.sft_steps, "--from_weight", "pretrain")
     for prompt in args.prompt or PROMPTS:
         run("eval_llm.py", "--save_dir", out, "--preset", args.preset, "--prompt", prompt)
-    curves = sorted(out.glob("*.metrics.jsonl"))
-    run("scripts/plot_metrics.py", *curves, "--out", out / "curves.png")
+    run("scripts/plot_metrics.py", *(curve(out, name) for name in seconds), "--out", out / "curves.png")
     print("\n" + "-" * 80)
     report(out, seconds)
 
