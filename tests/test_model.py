@@ -970,3 +970,11 @@ def test_resizing_the_vocabulary_keeps_the_weights_tied():
     model.resize_token_embeddings(V + 7)
     assert model.config.vocab_size == V + 7 and model.lm_head.weight is model.model.embed_tokens.weight
     assert_close(model(ids).logits[..., :V], plain)
+
+
+def test_logits_of_the_loss_are_never_more_than_a_chunk():
+    """On a GPU 64 MB of them in fp32, whatever the vocabulary; on a CPU what fits its cache."""
+    for vocab_size in (6400, 32_000, 151_936):
+        size = LinearCrossEntropy.chunk("cuda", vocab_size)
+        assert size == 512 or size * vocab_size <= 1 << 24
+    assert LinearCrossEntropy.chunk("cpu", 6400) == 512 and 2000 < LinearCrossEntropy.chunk("cuda", 6400) < 8192

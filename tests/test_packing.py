@@ -310,3 +310,40 @@ def test_dropout_goes_by_the_mask_and_still_keeps_documents_apart():
         outputs.append(model.train()(**inputs).logits)
     same = batch["document_ids"] != 2
     assert torch.equal(before[0][same], after[0][same]) and not torch.equal(before[0][~same], after[0][~same])
+
+
+def test_parts_of_cut_documents_are_documents_of_their_own():
+    model, documents = a_model(), [(ids, [1] * len(ids)) for ids, _ in some_documents(60, 40, vocab=64)]
+    documents = [(ids, trained) for ids, trained in documents if len(ids) > 22]  # no two fit into a row
+    rows = Rows(Documents(documents, 40, may_cut=True))
+    assert rows.report["cut_to_fill"] > 3 and rows.report["fill"] > 0.9
+    parts = []
+    for r in range(len(rows)):
+        for document, offset, length in zip(*rows.parts(r), strict=True):
+            ids, trained = documents[document]
+            parts.append((ids[offset : offset + length], trained[offset : offset + length]))
+    losses, gradients = alone(model, parts)
+    model.zero_grad()
+    output = model(**Collator(40, PAD)([rows[i] for i in range(len(rows))]), return_logits=False)
+    (output.loss_sum / output.tokens).backward()
+    assert output.tokens == len(losses) == sum(len(ids) - 1 for ids, _ in documents)
+    assert abs(output.loss_sum.item() - sum(losses.values())) < 1e-3
+    assert max((p.grad - gradients[name]).abs().max() for name, p in model.named_parameters()) < 1e-5
+
+
+def test_cu_seqlens_alone_keep_documents_apart_where_there_is_no_kernel():
+    """A cache, a mask or dropout: each takes the way of the mask, which is then made from cu_seqlens."""
+    model = a_model().eval()
+    rows = Rows(Documents(some_documents(9, 20, vocab=64), 40))
+    batch = Collator(40, PAD)([rows[i] for i in range(len(rows))])
+    given = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seqlens")}
+    expected, real = model(**given).logits, batch["document_ids"] > 0
+    cached = model(**given, use_cache=True)
+    assert cached.past_key_values.get_seq_length() == 40
+    masked = model(**given, attention_mask=real.long())
+    for output in (cached, masked):
+        assert (output.logits - expected)[real].abs().max() < 1e-5
+    changed = given | {"input_ids": torch.where(batch["document_ids"] == 2, 5, batch["input_ids"])}
+    assert torch.equal(
+        model(**changed, use_cache=True).logits[batch["document_ids"] != 2], cached.logits[batch["document_ids"] != 2]
+    )
