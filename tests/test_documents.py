@@ -325,7 +325,7 @@ def test_day_6_toy_training(checkout):
     printed = checkout.type(
         "python trainer/train_pretrain.py --epochs 1 --batch_size 2 --max_seq_len 64 --data_path your_pretrain.jsonl"
     )
-    assert "packed into 13 rows" in printed and len(LOG_LINE.findall(printed)) == 1  # two rows each make 7 updates
+    assert "packed into 14 rows" in printed and len(LOG_LINE.findall(printed)) == 1  # two rows each make 7 updates
     logged = [entry for entry in checkout.read_json("out/pretrain_512.metrics.jsonl") if "lr" in entry]
     # no update of warm-up (5 % of 7), then a cosine to a tenth
     peak = arguments(checkout, "pretrain_512")["learning_rate"]
