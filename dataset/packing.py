@@ -68,7 +68,7 @@ class Rows(Dataset):
             self._row_of = np.arange(len(dataset.lengths))
         self._ends = np.cumsum(np.bincount(self._row_of))  # [R] documents up to each row's end
         fill = _fill(self._parts.lengths, self._row_of, dataset.max_length)
-        cut = len(self._parts.lengths) - len(dataset.lengths) and int((np.bincount(self._parts.documents) > 1).sum())
+        cut = int((np.bincount(self._parts.documents) > 1).sum())
         self.report = dataset.report | {"packed_rows": len(self), "fill": round(fill, 4), "cut_to_fill": cut}
         self.set_epoch(0)
 
