@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -43,6 +43,7 @@ class Encoded:
     ids: uint16, or int32 for a vocabulary of more than 65,536 [N]. lengths: int32 tokens of each document [D].
     spans: int32 first trained token and the one behind the last, counted from the document's start [S, 2], and
     span_counts: int32 how many of them belong to each document [D]; both None where every token is trained.
+    hashes: uint64 `content_hashes` of the documents [D], None where `dataset.token_cache` did not read them.
     rows: good rows that this was made of. empty: those of them without any text. bad: (line, reason) of the others.
     """
 
@@ -50,9 +51,42 @@ class Encoded:
     lengths: np.ndarray
     spans: np.ndarray | None = None
     span_counts: np.ndarray | None = None
+    hashes: np.ndarray | None = None
     rows: int = 0
     empty: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)
+
+
+def splitmix64(numbers: np.ndarray) -> np.ndarray:
+    """Each uint64 as another that looks random, one to one: the generator of https://doi.org/10.1145/2714064.2660195."""
+    z = numbers + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def content_hashes(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A number for the content of each document, uint64 [D]: evenly spread, and the same for the same token ids.
+
+    splitmix64(sum over t of (id[t] + 1) * w[t] mod 2^64), where w[t] = splitmix64(t) | 1. Two documents that differ
+    in one token never share it, any others with a chance of about 2^-64. No protection against forgery.
+
+    Args:
+        ids: any integers of at least 0 [N], the documents end to end. lengths: tokens of each [D], N in all.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    weights = splitmix64(np.arange(lengths.max(initial=0), dtype=np.uint64)) | np.uint64(1)
+    sums = np.zeros(len(ids) + 1, dtype=np.uint64)
+    terms = sums[1:]
+    np.add(ids, 1, out=terms, dtype=np.uint64, casting="unsafe")
+    terms *= np.concatenate([weights[:0], *(weights[:length] for length in lengths.tolist())])
+    np.cumsum(terms, out=terms)
+    return splitmix64(sums[ends] - sums[ends - lengths])
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0] + 1, ... counts[0] numbers, then those of the next, int64 [counts.sum()]."""
+    return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
 
 class FrozenTokenizer:
@@ -285,12 +319,13 @@ class Layout:
     """Where rows of at most max_length tokens lie in an `Encoded`. Made by `split_rows` and `cut_rows`.
 
     starts: first token of each row [R]. lengths: int64 tokens of each row [R]. first_span, span_counts: where its spans
-    are [R], None where every token is trained. report: counts, see the datasets.
+    are [R], None where every token is trained. copies: see `split_rows`. report: counts, see the datasets.
     """
 
     encoded: Encoded
     max_length: int
-    lay_out: Callable[[Encoded, int], Layout]
+    lay_out: Callable[[Encoded, int, np.ndarray | None], Layout]
+    copies: np.ndarray | None
     report: dict[str, int]
     starts: np.ndarray
     lengths: np.ndarray
@@ -299,10 +334,16 @@ class Layout:
 
     def __reduce__(self):
         # laid out anew by who receives it: that is quick, and a mapped `encoded` is then but a path
-        return self.lay_out, (self.encoded, self.max_length)
+        return self.lay_out, (self.encoded, self.max_length, self.copies)
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def documents(self, indices: Sequence[int] | np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+        """The documents of which the rows `indices` are, and how many tokens these have in all: int64 [indices]."""
+        ends = np.cumsum(self.encoded.lengths, dtype=np.int64)
+        numbers = np.searchsorted(ends, self.starts[indices], side="right")
+        return numbers, self.encoded.lengths[numbers].astype(np.int64)
 
     def take(
         self,
@@ -321,7 +362,7 @@ class Layout:
             lengths = self.lengths[indices]
         begins = np.cumsum(lengths) - lengths
         total = int(lengths.sum())
-        ids = self.encoded.ids[np.repeat(starts - begins, lengths) + np.arange(total)]
+        ids = self.encoded.ids[ranges(starts, lengths)]
         if self.first_span is None:
             trained = np.ones(total, dtype=bool)
         else:
@@ -331,9 +372,7 @@ class Layout:
 
     def _trained(self, indices, offsets, lengths: np.ndarray, begins: np.ndarray, total: int) -> np.ndarray:
         counts = self.span_counts[indices]
-        before = np.cumsum(counts) - counts
-        first = self.first_span[indices].astype(np.int64)
-        spans = self.encoded.spans[np.repeat(first - before, counts) + np.arange(counts.sum())]
+        spans = self.encoded.spans[ranges(self.first_span[indices].astype(np.int64), counts)]
         if offsets is not None:
             spans = np.maximum(spans - np.repeat(offsets, counts)[:, None], 0)
         edges = np.minimum(spans, np.repeat(lengths, counts)[:, None]) + np.repeat(begins, counts)[:, None]  # [s, 2]
@@ -341,41 +380,76 @@ class Layout:
         return np.cumsum(opened - closed)[:total] > 0
 
 
-def split_rows(encoded: Encoded, max_length: int) -> Layout:
-    """Rows that share one token where a document is longer than one, so each token but its first is a Y once."""
-    return _lay_out(encoded, max_length, split_rows, _split_chunk)
+def split_rows(encoded: Encoded, max_length: int, copies: np.ndarray | None = None) -> Layout:
+    """Rows that share one token where a document is longer than one, so each token but its first is a Y once.
+
+    Args:
+        copies: how often each document is there, any integers [D]: 0 leaves it out. None: all of them once.
+    """
+    return _lay_out(encoded, max_length, copies, split_rows, _split_chunk)
 
 
-def cut_rows(encoded: Encoded, max_length: int) -> Layout:
-    """The first max_length tokens of each document; those of which no trained token is left are dropped."""
-    return _lay_out(encoded, max_length, cut_rows, _cut_chunk)
+def cut_rows(encoded: Encoded, max_length: int, copies: np.ndarray | None = None) -> Layout:
+    """The first max_length tokens of each document; those of which no trained token is left are dropped.
+
+    Args:
+        copies: as for `split_rows`.
+    """
+    return _lay_out(encoded, max_length, copies, cut_rows, _cut_chunk)
 
 
-def _lay_out(encoded: Encoded, max_length: int, lay_out: Callable, chunk: Callable) -> Layout:
-    """Chunk after chunk: on all documents at once, what is in between would take more memory than the result."""
+def _lay_out(
+    encoded: Encoded, max_length: int, copies: np.ndarray | None, lay_out: Callable, chunk: Callable
+) -> Layout:
     # an index takes four bytes where that is enough
     small = np.uint32 if len(encoded.ids) < 1 << 32 else np.int64
     kinds = [small, np.int64, small, np.int32]  # there are fewer spans than tokens
     columns: list[list[np.ndarray]] = [[] for _ in kinds]
-    report, token, span = Counter(), 0, 0
-    for at in range(0, max(len(encoded.lengths), 1), DOCUMENTS_PER_CHUNK):
-        lengths = encoded.lengths[at : at + DOCUMENTS_PER_CHUNK].astype(np.int64)
-        starts = token + np.cumsum(lengths) - lengths
-        counts = None if encoded.span_counts is None else encoded.span_counts[at : at + DOCUMENTS_PER_CHUNK]
-        of_rows, found = chunk(encoded, max_length, starts, lengths, counts, span)
+    report = Counter()
+    for documents in _chunks(encoded, copies):
+        of_rows, found = chunk(documents, max_length)
         for column, values, kind in zip(columns, of_rows, kinds, strict=False):
             column.append(values.astype(kind))
         report.update(found)
-        token += int(lengths.sum())
-        span += 0 if counts is None else int(counts.sum())
     joined = [np.concatenate(column) for column in columns if column]
-    return Layout(encoded, max_length, lay_out, dict(report), *joined)
+    return Layout(encoded, max_length, lay_out, copies, dict(report), *joined)
 
 
-def _split_chunk(_, max_length: int, first_token: np.ndarray, lengths: np.ndarray, *__) -> tuple[tuple, dict[str, int]]:
-    stride = max_length - 1
+class _Documents(NamedTuple):
+    """Some documents: starts, lengths in tokens, first_span, span_counts int64 [D]; all their spans [S, 2]."""
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    first_span: np.ndarray | None = None
+    span_counts: np.ndarray | None = None
+    spans: np.ndarray | None = None
+
+
+def _chunks(encoded: Encoded, copies: np.ndarray | None) -> Iterator[_Documents]:
+    """Chunk after chunk: on all documents at once, what is in between would take more memory than the result."""
+    token = span = 0
+    for at in range(0, max(len(encoded.lengths), 1), DOCUMENTS_PER_CHUNK):
+        here = slice(at, at + DOCUMENTS_PER_CHUNK)
+        lengths = encoded.lengths[here].astype(np.int64)
+        columns = [token + np.cumsum(lengths) - lengths, lengths]
+        token += int(lengths.sum())
+        spans = None
+        if encoded.span_counts is not None:
+            counts = encoded.span_counts[here].astype(np.int64)
+            columns += [span + np.cumsum(counts) - counts, counts]
+            spans = encoded.spans[span : span + int(counts.sum())]
+        if copies is not None:
+            columns = [np.repeat(column, copies[here]) for column in columns]
+            if spans is not None:
+                spans = spans[ranges(columns[2] - span, columns[3])]
+        span += 0 if spans is None else int(counts.sum())
+        yield _Documents(*columns, *([] if spans is None else [spans]))
+
+
+def _split_chunk(documents: _Documents, max_length: int) -> tuple[tuple, dict[str, int]]:
+    stride, lengths = max_length - 1, documents.lengths
     rows = -(-(lengths - 1) // stride)  # [D]
-    offset = (np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)) * stride  # [R] from the document's start
+    offset = ranges(np.zeros_like(rows), rows) * stride  # [R] from the document's start
     row_lengths = np.minimum(np.repeat(lengths, rows) - offset, max_length)
     report = {
         "rows": len(row_lengths),
@@ -384,19 +458,17 @@ def _split_chunk(_, max_length: int, first_token: np.ndarray, lengths: np.ndarra
         "tokens": int(lengths.sum()),
         "trained_tokens": int((row_lengths - 1).sum()),
     }
-    return (np.repeat(first_token, rows) + offset, row_lengths), report
+    return (np.repeat(documents.starts, rows) + offset, row_lengths), report
 
 
-def _cut_chunk(
-    encoded: Encoded, max_length: int, starts: np.ndarray, whole: np.ndarray, counts: np.ndarray, span: int
-) -> tuple[tuple, dict[str, int]]:
+def _cut_chunk(documents: _Documents, max_length: int) -> tuple[tuple, dict[str, int]]:
+    starts, whole, first_span, counts, spans = documents
     lengths = np.minimum(whole, max_length)
-    last_span = np.cumsum(counts, dtype=np.int64)
-    first_span = last_span - counts
-    begin, end = encoded.spans[span : span + int(counts.sum())].T  # [S]
+    last = np.cumsum(counts)
+    begin, end = spans.T  # [S]
     limit = np.repeat(lengths, counts)
     totals = np.cumsum(np.append(0, np.clip(end, 1, limit) - np.clip(begin, 1, limit)))  # a row's first is no Y
-    trained = totals[last_span] - totals[first_span]  # [D]
+    trained = totals[last] - totals[last - counts]  # [D]
     kept = np.flatnonzero(trained)
     report = {
         "rows": len(kept),
@@ -407,4 +479,4 @@ def _cut_chunk(
         "replies_lost": int((begin >= max_length).sum()),
         "dropped": len(whole) - len(kept),  # a batch of such rows has no loss to divide
     }
-    return (starts[kept], lengths[kept], span + first_span[kept], counts[kept]), report
+    return (starts[kept], lengths[kept], first_span[kept], counts[kept]), report

@@ -10,6 +10,7 @@ rows, and what does not fit into a conversation's row is counted in `report` and
     dataset = SFTDataset("dataset/sft_mini_512.jsonl", tokenizer, max_length=340)
     X, Y, loss_mask = dataset[0]                     # int64 [max_length - 1] each; loss_mask[i] is for Y[i]
     ids, trained, lengths = dataset.take([0, 5, 7])  # the same rows end to end, without padding
+    half = dataset.choose(dataset.hashes % 2)        # other documents of the same data; see sources.py
     print(dataset.summary())
 """
 
@@ -17,6 +18,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from copy import copy
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -37,7 +40,7 @@ from dataset.encode import (
     split_rows,
 )
 from dataset.jsonl import BadRow, check_file, decode_line, open_bytes
-from dataset.token_cache import tokenise
+from dataset.token_cache import source_digest, tokenise
 
 
 class TokenRows(Dataset):
@@ -49,18 +52,18 @@ class TokenRows(Dataset):
 
     Attributes:
         report: counts, see the datasets. may_cut: whether packing may cut a row to fill others; a conversation stays
-            whole, a text of pretraining is split where it is too long anyway.
+            whole, a text of pretraining is split where it is too long anyway. path: where the rows are from.
     """
 
     may_cut = True
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+    def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, max_length: int):
         if max_length < 2:
             raise ValueError(f"max_length is {max_length}: a row needs at least 2 tokens, one to predict another")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(tokenizer, name) is None:
                 raise ValueError(f"the tokenizer has no {name}: use one that has, such as the repository's `model`")
-        self.max_length, self.pad_token_id = max_length, tokenizer.pad_token_id
+        self.path, self.max_length, self.pad_token_id = str(path), max_length, tokenizer.pad_token_id
         self.report: dict[str, int] = {}
         self._layout: Layout
 
@@ -69,8 +72,46 @@ class TokenRows(Dataset):
         """int64 [rows]: tokens of each row before padding."""
         return self._layout.lengths
 
+    @property
+    def hashes(self) -> np.ndarray:
+        """uint64 [documents]: `dataset.encode.content_hashes` of all documents of the file, also of those left out."""
+        return self._layout.encoded.hashes
+
+    @cached_property
+    def digest(self) -> str | None:
+        """sha256 of the file; None for a name on the hub."""
+        return source_digest(self._layout.encoded, self.path)
+
     def __len__(self) -> int:
         return len(self._layout)
+
+    def choose(self, copies: np.ndarray) -> TokenRows:
+        """Rows of other documents of the same data, counted anew; the token ids are shared. There may be no row left.
+
+        Only `empty` and `bad_rows` of the report are still those of the whole file.
+
+        Args:
+            copies: how often each document of the file is there, integers >= 0, as many as `hashes`; 0 leaves it out.
+        """
+        encoded = self._layout.encoded
+        if len(copies) != len(encoded.lengths):
+            raise ValueError(f"{self.path} has {len(encoded.lengths):,} documents, but copies are for {len(copies):,}")
+        copies = np.asarray(copies).astype(np.min_scalar_type(copies.max(initial=0)))
+        chosen = copy(self)
+        chosen._layout = self._layout.lay_out(encoded, self.max_length, copies)
+        chosen.report = self.report | chosen._layout.report
+        return chosen
+
+    def documents(self, indices: Sequence[int] | np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """The documents of which the rows `indices` are, counted from 0 in the file, and their tokens: int64 [indices].
+
+        A row that has fewer tokens than its document is a part of it.
+        """
+        return self._layout.documents(indices)
+
+    def summary(self) -> str:
+        """One line that says what `report` counts."""
+        return self.describe(self.report, self.max_length)
 
     def take(
         self,
@@ -115,6 +156,7 @@ class PretrainDataset(TokenRows):
     Args:
         cache_dir: folder of the token cache, which serves every max_length; None: tokenise in memory. A source that is
             no file (a name on the hub) is never cached.
+        may_be_empty: whether a file without any row is no error.
 
     Raises:
         ValueError, OSError, BadRow: what `dataset.token_cache.tokenise` raises; no document at all; max_length < 2.
@@ -129,19 +171,24 @@ class PretrainDataset(TokenRows):
         max_length: int = 512,
         on_bad_row: str = "raise",
         cache_dir: str | Path | None = None,
+        may_be_empty: bool = False,
     ):
-        super().__init__(tokenizer, max_length)
+        super().__init__(path, tokenizer, max_length)
         encoded, tally = tokenise(path, tokenizer, PretrainRecipe(), on_bad_row, cache_dir)
-        if not len(encoded.lengths):
-            raise ValueError(
-                f"{path}: all {encoded.empty:,} texts are empty but for BOS and EOS: check how they were written"
-            )
         self._layout = split_rows(encoded, max_length)
         self.report = self._layout.report | {"empty": encoded.empty, "bad_rows": tally.skipped.total()}
+        if not len(self) and not may_be_empty:
+            raise ValueError(self.why_empty())
 
-    def summary(self) -> str:
+    def why_empty(self) -> str:
+        """Why there is no row, and what to do."""
+        empty = self.report["empty"]
+        return f"{self.path}: all {empty:,} texts are empty but for BOS and EOS: check how they were written"
+
+    @staticmethod
+    def describe(report: dict[str, int], max_length: int) -> str:
         """One line, such as "3,210 rows of 3,005 documents, 411,000 tokens, 17 longer than 512 tokens and split"."""
-        return summary_of_documents(self)
+        return describe_documents(report, max_length)
 
 
 class PlainTextDataset(TokenRows):
@@ -169,7 +216,7 @@ class PlainTextDataset(TokenRows):
         concatenate: bool = False,
         seed: int = 42,
     ):
-        super().__init__(tokenizer, max_length)
+        super().__init__(txt_path, tokenizer, max_length)
         lines, frozen = text_lines(Path(txt_path)), FrozenTokenizer(tokenizer, templates=False)
         bos, eos = tokenizer.bos_token, tokenizer.eos_token
         encoded = encode_documents(frozen, chain.from_iterable(split_documents(line, bos, eos) for line in lines))
@@ -188,9 +235,10 @@ class PlainTextDataset(TokenRows):
             layout = self._layout = split_rows(Encoded(encoded.ids, lengths.sum(keepdims=True)), max_length)
             self.report |= {name: layout.report[name] for name in ("rows", "trained_tokens")}
 
-    def summary(self) -> str:
+    @staticmethod
+    def describe(report: dict[str, int], max_length: int) -> str:
         """One line, like that of `PretrainDataset`."""
-        return summary_of_documents(self)
+        return describe_documents(report, max_length)
 
 
 class SFTDataset(TokenRows):
@@ -202,7 +250,7 @@ class SFTDataset(TokenRows):
     Args:
         train_on: "all": every reply of the assistant. "last": only the last one. "system": every reply, and the text of
             the system prompt with its end marker (the listing of tools behind it is not trained).
-        cache_dir: as for `PretrainDataset`.
+        cache_dir, may_be_empty: as for `PretrainDataset`.
 
     `report` counts rows, tokens, trained_tokens, cut (rows that were longer than max_length), replies_cut (replies
     whose end marker was cut off), replies_lost (replies of which nothing is left), dropped (rows left out because no
@@ -223,24 +271,29 @@ class SFTDataset(TokenRows):
         on_bad_row: str = "raise",
         train_on: str = "all",
         cache_dir: str | Path | None = None,
+        may_be_empty: bool = False,
     ):
-        super().__init__(tokenizer, max_length)
+        super().__init__(path, tokenizer, max_length)
         encoded, tally = tokenise(path, tokenizer, SFTRecipe(train_on), on_bad_row, cache_dir)
         self._layout = cut_rows(encoded, max_length)
         self.report = self._layout.report | {"bad_rows": tally.skipped.total()}
-        if not len(self):
-            raise ValueError(
-                f"{path}: none of {self.report['dropped']:,} rows has a reply within {max_length} tokens: "
-                "raise --max_seq_len, or shorten the prompts"
-            )
+        if not len(self) and not may_be_empty:
+            raise ValueError(self.why_empty())
 
-    def summary(self) -> str:
+    def why_empty(self) -> str:
+        """Why there is no row, and what to do."""
+        return (
+            f"{self.path}: none of {self.report['dropped']:,} rows has a reply within {self.max_length} tokens: "
+            "raise --max_seq_len, or shorten the prompts"
+        )
+
+    @staticmethod
+    def describe(report: dict[str, int], max_length: int) -> str:
         """One line, such as "3,210 rows, 411,000 tokens (212,000 trained), 12 cut at 340 tokens, 1 dropped: ..."."""
-        report = self.report
         parts = [f"{report['rows']:,} rows, {report['tokens']:,} tokens ({report['trained_tokens']:,} trained)"]
         if report["cut"]:
             replies = f"{report['replies_cut']:,} replies without their end, {report['replies_lost']:,} lost"
-            parts.append(f"{report['cut']:,} cut at {self.max_length:,} tokens ({replies})")
+            parts.append(f"{report['cut']:,} cut at {max_length:,} tokens ({replies})")
         if report["dropped"]:
             parts.append(f"{report['dropped']:,} dropped: no reply left")
         if report["bad_rows"]:
@@ -261,12 +314,11 @@ def text_lines(path: Path) -> Iterator[str]:
                 yield line
 
 
-def summary_of_documents(dataset: TokenRows) -> str:
+def describe_documents(report: dict[str, int], max_length: int) -> str:
     """The line that the counts of documents make."""
-    report = dataset.report
     parts = [f"{report['rows']:,} rows of {report['documents']:,} documents, {report['tokens']:,} tokens"]
     if report["split"]:
-        parts.append(f"{report['split']:,} longer than {dataset.max_length:,} tokens and split")
+        parts.append(f"{report['split']:,} longer than {max_length:,} tokens and split")
     for key, words in (("empty", "empty texts left out"), ("bad_rows", "bad rows skipped")):
         if report[key]:
             parts.append(f"{report[key]:,} {words}")

@@ -52,22 +52,27 @@ class Rows(Dataset):
     Attributes:
         report: that of the dataset, with packed_rows, fill, the share of the rows' positions that hold a token, and
             cut_to_fill, how many documents were cut for it.
+        stats, digest: what the documents are and an identity of the rows, where `trainer.rows.open_rows` made them.
     """
+
+    stats: Sequence[dict] = ()
+    digest: str | None = None
 
     def __init__(self, dataset, packing: bool = True, seed: int = 42, cut: bool = True):
         self.dataset, self.packing, self.seed = dataset, packing, seed
-        self._parts = Parts.of_whole(dataset.lengths)
+        lengths, capacity = dataset.lengths, dataset.max_length
+        self._parts = Parts.of_whole(lengths)
         if packing:
-            order = np.argsort(-dataset.lengths, kind="stable")
+            order = np.argsort(-lengths, kind="stable")
             row_of = np.empty_like(order)
-            row_of[order] = best_fit(dataset.lengths, dataset.max_length)
-            if cut and dataset.may_cut and _fill(dataset.lengths, row_of, dataset.max_length) < FULL:
-                self._parts, row_of = cut_to_fill(dataset.lengths, row_of, dataset.max_length)
+            row_of[order] = best_fit(lengths, capacity)
+            if cut and dataset.may_cut and _fill(lengths, row_of, capacity) < FULL:
+                self._parts, row_of = cut_to_fill(lengths, row_of, capacity)
             self._row_of = row_of[np.argsort(-self._parts.lengths, kind="stable")]  # from the longest to the shortest
         else:
-            self._row_of = np.arange(len(dataset.lengths))
+            self._row_of = np.arange(len(lengths))
         self._ends = np.cumsum(np.bincount(self._row_of))  # [R] documents up to each row's end
-        fill = _fill(self._parts.lengths, self._row_of, dataset.max_length)
+        fill = _fill(self._parts.lengths, self._row_of, capacity)
         cut = int((np.bincount(self._parts.documents) > 1).sum())
         self.report = dataset.report | {"packed_rows": len(self), "fill": round(fill, 4), "cut_to_fill": cut}
         self.set_epoch(0)
@@ -91,6 +96,10 @@ class Rows(Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.dataset.take(*self.parts(range(len(self))[index]))
+
+    def where(self, index: int) -> str:
+        """Names the documents of a row: see `dataset.sources.MixedRows.where`."""
+        return self.dataset.where(*self.parts(range(len(self))[index]))
 
     def summary(self) -> str:
         """One line: that of the dataset, and what packing makes of it."""

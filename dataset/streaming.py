@@ -10,6 +10,8 @@ its share; a resumed run reads again, without training, what it had trained on.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import count
@@ -35,6 +37,10 @@ class StreamedRows(IterableDataset):
         path: what `dataset.jsonl.read_rows` reads. recipe: `PretrainRecipe()` or `SFTRecipe(train_on)`.
         length: rows that the run takes in all.
 
+    Attributes:
+        digest: sha256 over all that decides which rows come in which order, but for the content of the source.
+        stats: what `trainer.rows.open_rows` says about the source.
+
     Raises, while it is iterated:
         ValueError, OSError, BadRow: what `read_rows` raises; a source in which no row can be trained on.
     """
@@ -54,9 +60,16 @@ class StreamedRows(IterableDataset):
         self.tokenizer = FrozenTokenizer(tokenizer, recipe.templated)
         self.packing, self.seed, self.on_bad_row = packing, seed, on_bad_row
         self.report = {"streamed": 1}
+        what = [self.path, repr(recipe), self.tokenizer.digest, max_length, packing, seed]
+        self.digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        self.stats: list[dict] = []
 
     def __len__(self) -> int:
         return self.length
+
+    def where(self, index: int) -> str:
+        """Names a row, such as "row 17 of the stream" for index 16."""
+        return f"row {index + 1:,} of the stream"
 
     def summary(self) -> str:
         return f"{self.length:,} rows of {self.max_length:,} tokens, tokenised on the way from {self.path}"

@@ -34,13 +34,13 @@ from typing import BinaryIO
 import numpy as np
 
 from dataset import encode, jsonl
-from dataset.encode import Encoded, FrozenTokenizer, PretrainRecipe, SFTRecipe, one_thread
+from dataset.encode import Encoded, FrozenTokenizer, PretrainRecipe, SFTRecipe, content_hashes, one_thread
 from dataset.jsonl import BadRow, RowReader, RowTally, is_main_process, read_batch, read_rows
 from dataset.parallel import map_in_processes
 from model import chat
 
-FORMAT = 1
-COLUMNS = ("ids", "lengths", "spans", "span_counts")
+FORMAT = 2
+COLUMNS = ("ids", "lengths", "hashes", "spans", "span_counts")
 # from about here on, two processes are done earlier than one, although it takes them 0.3 s to start
 PARALLEL_BYTES = 4 << 20
 MAX_WORKERS = 32  # one process reads for all of them
@@ -159,7 +159,7 @@ def _encode_batch(recipe: Recipe, tokenizer: FrozenTokenizer, path: str, stop_at
     good, bad = read_batch(rows, recipe.read, stop_at_bad)
     with one_thread():
         encoded = recipe.encode(tokenizer, good, path)
-    encoded.bad = bad
+    encoded.bad, encoded.hashes = bad, content_hashes(encoded.ids, encoded.lengths)
     return encoded
 
 
@@ -208,9 +208,17 @@ def map_files(folder: Path, record: dict) -> MappedEncoded:
     encoded = _whole(MappedEncoded, columns, record["rows"], record["empty"])
     encoded.where = folder, record
     tokens, spans = int(encoded.lengths.sum(dtype=np.int64)), encoded.span_counts
-    if tokens != len(encoded.ids) or (spans is not None and int(spans.sum(dtype=np.int64)) != len(encoded.spans)):
+    whole = tokens == len(encoded.ids) and len(encoded.hashes) == len(encoded.lengths)
+    if not whole or (spans is not None and int(spans.sum(dtype=np.int64)) != len(encoded.spans)):
         raise ValueError(f"the files {folder / record['name']}-* of the token cache do not belong together")
     return encoded
+
+
+def source_digest(encoded: Encoded, path: str | Path) -> str | None:
+    """sha256 of the file that was encoded, from the cache's record if there is one; None for a name on the hub."""
+    if isinstance(encoded, MappedEncoded):
+        return encoded.where[1]["source"]["digest"]
+    return _digest(Path(path)) if Path(path).is_file() else None
 
 
 class _Cache:

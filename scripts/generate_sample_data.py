@@ -17,7 +17,7 @@ from random import Random
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.sample_data import chat, code, lore, nature, numbers, tales, topics, world
+from scripts.sample_data import chat, code, lore, nature, numbers, regression, tales, topics, world
 from scripts.sample_data.writing import tidy
 
 PRETRAIN_BYTES = {"zh": 1_800_000, "en": 1_020_000}
@@ -95,6 +95,8 @@ def generate(out_dir: Path, seed: int) -> None:
         "sft_val.jsonl": sft_val,
         "identity.jsonl": chat.identity(seed),
         "chat_eval.jsonl": chat.evaluation(),
+        "prompts.jsonl": regression.PROMPTS,
+        "regression_prompts.jsonl": regression.cases(),
     }
     texts = {name: (len(rows), jsonl(rows)) for name, rows in files.items()}
     lines = tales.plain_lines(seed)
@@ -103,7 +105,7 @@ def generate(out_dir: Path, seed: int) -> None:
     if total > MAX_BYTES:
         raise ValueError(f"the sample data has {total} bytes, more than {MAX_BYTES}: lower PRETRAIN_BYTES")
     for name, (rows, text) in texts.items():
-        print(f"{name:20} {rows:6} rows {write_text(out_dir / name, text):9} bytes")
+        print(f"{name:24} {rows:6} rows {write_text(out_dir / name, text):9} bytes")
     print(f"wrote {total} bytes to {out_dir}")
 
 

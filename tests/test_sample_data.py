@@ -13,9 +13,11 @@ import pytest
 
 from conftest import ROOT, run_script
 from scripts.sample_data import chat, code, lore, world, writing
+from trainer.regression import judge, read_cases, read_prompts
 
 SAMPLE = ROOT / "dataset" / "sample"
 FILES = ["pretrain.jsonl", "pretrain_val.jsonl", "sft.jsonl", "sft_val.jsonl", "identity.jsonl", "chat_eval.jsonl"]
+FILES += ["prompts.jsonl", "regression_prompts.jsonl"]
 CHAT_FILES = ["sft.jsonl", "sft_val.jsonl", "identity.jsonl"]
 CONTROL = re.compile(r"<\|[^|]*\|>|</?(think|answer|tool_call|tool_response)>")
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -49,6 +51,7 @@ def texts(name):
             yield row["text"]
         else:
             yield from (message["content"] for message in row.get("conversations", []))
+            yield from (row[name] for name in ("prompt", "system") if name in row)
 
 
 def pairs(name):
@@ -271,6 +274,26 @@ def test_evaluation_questions_can_be_learned_from_the_sft_rows():
         assert len(right) >= 40, row
         exact = [pair for pair in seen if pair[0] == row["prompt"]]
         assert len(exact) >= 3 and set(exact) <= set(right)
+
+
+def test_regression_prompts_can_be_learned_from_the_sample_data():
+    cases = read_cases(SAMPLE / "regression_prompts.jsonl")
+    coding = {(row["prompt"], row["system"]) for row in rows("code_eval.jsonl")}
+    seen = list(pairs("sft.jsonl"))
+    facts = 0
+    for case in cases:
+        assert case["max_new_tokens"] <= 200  # an untrained model uses them all
+        if "python" in case.get("checker", {}):
+            assert (case["prompt"], case["system"]) in coding
+            continue
+        answers = {answer for question, answer in seen if question == case["prompt"]}
+        assert answers and all(judge(answer, case)["passed"] for answer in answers), case
+        others = [answer for question, answer in seen if not judge(answer, case)["passed"]]
+        assert len(others) > 0.9 * len(seen)  # what is expected is not in every other reply
+        facts += 1
+    assert (len(cases), facts) == (12, 7)
+    asked = [row["prompt"] for row in read_prompts(SAMPLE / "prompts.jsonl")]
+    assert len(asked) == 4 and sum(bool(CHINESE.search(prompt)) for prompt in asked) == 2
 
 
 def test_the_model_claims_no_company_and_one_name():

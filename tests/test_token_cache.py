@@ -104,7 +104,7 @@ def test_a_cache_built_once_gives_what_memory_gives_at_every_length(source, cach
         assert equal(kind(source, tokenizer, max_length, cache_dir=cache), kind(source, tokenizer, max_length))
         built = built or names(cache)
         assert names(cache) == built
-    assert len(built) == len([n for n in built if n.startswith("some-")]) == (3 if kind is PretrainDataset else 5)
+    assert len(built) == len([n for n in built if n.startswith("some-")]) == (4 if kind is PretrainDataset else 6)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json"])
@@ -115,7 +115,7 @@ def test_other_files_are_cached_too(tmp_path, source, cache, tokenizer, name):
         path.write_text(json.dumps(rows), encoding="utf-8")
     for _ in range(2):
         assert equal(SFTDataset(path, tokenizer, 60, cache_dir=cache), SFTDataset(source, tokenizer, 60))
-    assert len(names(cache)) == 5
+    assert len(names(cache)) == 6
 
 
 @pytest.mark.parametrize("max_length", [24, 60, 512])
@@ -358,7 +358,7 @@ def test_bad_rows_of_a_cache(tmp_path, source, cache, tokenizer, in_parallel, ca
     assert str(opened.value) == str(first.value) and (opened.value.path, opened.value.line) == (str(path), 81)
     warnings = capsys.readouterr().err.splitlines()
     assert warnings == [f"{path}: 2 of 82 rows skipped (1 missing key, 1 not an object), at line 81, 82"] * 3
-    assert len(names(cache)) == 5
+    assert len(names(cache)) == 6
 
 
 def test_other_ranks_are_quiet(tmp_path, cache, tokenizer, capsys, monkeypatch):
@@ -461,7 +461,7 @@ def opened(source, cache, tokenizer):
     """Open the cache; whether it was built for that, which only gives right rows."""
     before = names(cache)
     assert equal(PretrainDataset(source, tokenizer, 60, cache_dir=cache), PretrainDataset(source, tokenizer, 60))
-    assert len(names(cache)) == 3, "what is old is removed"
+    assert len(names(cache)) == 4, "what is old is removed"
     return names(cache) != before
 
 
@@ -561,7 +561,7 @@ def test_a_damaged_cache_is_built_again(source, cache, tokenizer, suffix, damage
     (path,) = cache.glob(f"*.{suffix}")
     damage(path)
     assert equal(SFTDataset(source, tokenizer, 60, cache_dir=cache), expected)
-    assert len(names(cache)) == 5 and len(set(names(cache)) - set(built)) == 4
+    assert len(names(cache)) == 6 and len(set(names(cache)) - set(built)) == 5
     message = capsys.readouterr().err
     assert message.startswith(f"{source}: tokenised again, because ") and message.count("\n") == 1
     assert (" bytes, not " in message) == (damage is cut_in_half and suffix != "json")
@@ -576,8 +576,8 @@ def test_without_a_record_it_is_none_and_leftovers_go_first(source, cache, token
     build, seen = token_cache._encode_into, []
     monkeypatch.setattr(token_cache, "_encode_into", lambda *a: seen.extend(names(cache)) or build(*a))
     SFTDataset(source, tokenizer, 60, cache_dir=cache)
-    assert len(seen) == 5 and "somebody's.txt" in seen  # the new files, which are still empty
-    assert len(names(cache)) == 6 and "somebody's.txt" in names(cache)
+    assert len(seen) == 6 and "somebody's.txt" in seen  # the new files, which are still empty
+    assert len(names(cache)) == 7 and "somebody's.txt" in names(cache)
     assert not set(names(cache)) & {file["name"] for file in record["files"].values()}
 
 
@@ -660,7 +660,7 @@ def test_a_build_that_is_killed_leaves_no_cache_and_no_process(large, cache, tok
         assert names(cache) == []
     expected, _ = tokenise(large, tokenizer, SFTRecipe())
     again, _ = tokenise(large, tokenizer, SFTRecipe(), cache_dir=cache)
-    assert same_arrays(again, expected) and len(names(cache)) == 5
+    assert same_arrays(again, expected) and len(names(cache)) == 6
 
 
 @pytest.mark.slow
@@ -675,7 +675,7 @@ def test_processes_that_start_at_once_build_once(large, cache):
     assert len({tuple(answer[1:]) for answer in answers}) == 1
     waiting = f"waiting for another process that tokenises {large}\n"
     assert sorted(err for _, err in results) == ["", waiting, waiting]
-    assert len(names(cache)) == 5
+    assert len(names(cache)) == 6
 
 
 # --- where it cannot be written ---------------------------------------------------------------------------------------
@@ -721,7 +721,7 @@ def test_a_full_disk(source, cache, tokenizer, where, in_parallel, monkeypatch):
     assert names(cache) == []
     monkeypatch.undo()
     assert equal(SFTDataset(source, tokenizer, 60, cache_dir=cache), SFTDataset(source, tokenizer, 60))
-    assert len(names(cache)) == 5
+    assert len(names(cache)) == 6
 
 
 def test_a_cache_folder_that_is_a_file(tmp_path, source, tokenizer):
