@@ -172,8 +172,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         return small if device == "cpu" else max(LinearCrossEntropy.GPU_LOGITS // vocab_size, small)
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """hidden [S, H], weight [V, H], targets [S] int64 with -100 for "no loss here" -> scalar fp32, in nats."""
+    def forward(
+        ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0
+    ) -> torch.Tensor:
+        """hidden [S, H], weight [V, H], targets [S] int64 with -100 for "no loss here" -> scalar fp32, in nats.
+
+        smoothing: share of the target that is spread evenly over the vocabulary (https://arxiv.org/abs/1512.00567,
+        section 7).
+        """
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         loss_sum = torch.zeros((), device=hidden.device, dtype=torch.float32)
@@ -188,11 +194,16 @@ class LinearCrossEntropy(torch.autograd.Function):
                 valid = (target != -100)[:, None]
                 target = target.clamp(min=0)[:, None]
                 logps = torch.log_softmax(h @ w.T, dim=-1, dtype=torch.promote_types(dtype, torch.float32))  # [C, V]
-                loss_sum -= (logps.gather(1, target) * valid).sum()
+                expected = logps.gather(1, target)  # under the target's distribution, of log p
+                if smoothing:
+                    expected = (1 - smoothing) * expected + smoothing * logps.mean(1, keepdim=True)
+                loss_sum -= (expected * valid).sum()
                 if grad_hidden is None and grad_weight is None:
                     continue
-                grad = logps.exp_()  # d loss / d logits = softmax - one-hot
-                grad.scatter_add_(1, target, torch.full_like(grad[:, :1], -1.0))
+                grad = logps.exp_()  # d loss / d logits = softmax - target's distribution
+                grad.scatter_add_(1, target, torch.full_like(grad[:, :1], smoothing - 1.0))
+                if smoothing:
+                    grad -= smoothing / len(weight)
                 grad = grad.mul_(valid).to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[part] = grad @ w
@@ -209,7 +220,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None
 
 
 class RMSNorm(nn.Module):
@@ -631,6 +642,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MiniMindModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.label_smoothing = 0.0  # in training mode, share of each label spread over the vocabulary
         self.post_init()
 
     # by these four methods the early transformers 4 find the two layers whose weights they tie and resize
@@ -724,4 +736,6 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         weight = self.lm_head.weight
         if not torch.is_grad_enabled():  # which the function cannot see: it would work out gradients for nothing
             hidden, weight = hidden.detach(), weight.detach()
-        return LinearCrossEntropy.apply(hidden, weight, targets), tokens
+        # (a held-back loss is never smoothed: it would be no likelihood, and perplexity would not follow from it)
+        smoothing = self.label_smoothing if self.training else 0.0
+        return LinearCrossEntropy.apply(hidden, weight, targets, smoothing), tokens

@@ -17,6 +17,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# pictures and samples cost more than the tiny runs themselves; the tests that look at them ask for them
+os.environ.setdefault("MINIGPT_CURVES", "0")
+os.environ.setdefault("MINIGPT_SAMPLE_PROMPTS", "none")
 # token ids of files that are gone after the test would stay in the user's cache
 os.environ["MINIMIND_CACHE_DIR"] = tempfile.mkdtemp(prefix="minimind-test-cache-")
 atexit.register(shutil.rmtree, os.environ["MINIMIND_CACHE_DIR"], ignore_errors=True)

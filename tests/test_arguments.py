@@ -166,7 +166,7 @@ def test_stage_parser(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parser = stage_parser("Toy", **STAGE)
     args = parser.parse_args([])
-    assert {name: getattr(args, name) for name in STAGE} == STAGE and args.stage == "Toy"
+    assert {name: getattr(args, name) for name in STAGE} == STAGE | {"data_path": ["toy.jsonl"]} and args.stage == "Toy"
     assert (args.save_dir, args.checkpoint_dir) == (ROOT / "out", ROOT / "checkpoints")
     assert args.save_dtype == "float32" and args.on_bad_row == "raise" and args.seed == 42
     args = parser.parse_args(["--out_dir", "mine", "--ddp"])

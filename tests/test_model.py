@@ -786,6 +786,60 @@ def test_validation_costs_no_gradients(monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("tokens", [1, 513, 1100])
+def test_smoothed_cross_entropy_is_that_of_torch(tokens, smoothing, grad):
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, 16, requires_grad=True)
+    weight = (torch.randn(V, 16) / 4).requires_grad_()
+    targets = torch.randint(0, V, (tokens,))
+    targets[1::3] = -100
+    actual = LinearCrossEntropy.apply(hidden, weight, targets, smoothing)
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum", label_smoothing=smoothing)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours, theirs = (torch.autograd.grad(loss / tokens, [hidden, weight]) for loss in (actual, expected))
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert_close(mine, reference, 1e-5)
+
+
+def test_no_smoothing_is_not_a_bit_different(grad):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(600, 16, requires_grad=True), torch.randn(V, 16, requires_grad=True)
+    targets = torch.randint(0, V, (600,))
+    plain, none = (LinearCrossEntropy.apply(hidden, weight, targets, *more) for more in ((), (0.0,)))
+    assert torch.equal(plain, none)
+    for a, b in zip(*(torch.autograd.grad(loss, [hidden, weight]) for loss in (plain, none)), strict=True):
+        assert torch.equal(a, b)
+    logps = torch.log_softmax(hidden @ weight.T, -1)  # as it was worked out before there was any
+    before = torch.zeros(())
+    for part in (slice(0, 512), slice(512, 600)):
+        before -= logps[part].gather(1, targets[part, None]).sum()
+    assert torch.equal(plain, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_labels_are_smoothed_in_training_only(kind, return_logits, grad):
+    model, ids = tiny(kind), random_ids(2, 9)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    plain = model(ids, labels=labels)
+    model.label_smoothing = 0.1
+    assert torch.equal(model(ids, labels=labels).loss_sum, plain.loss_sum)  # eval mode
+    output = model.train()(ids, labels=labels, return_logits=return_logits)
+    logits, targets = plain.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    expected = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.1)
+    assert output.loss_sum.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert output.loss_sum.item() != pytest.approx(plain.loss_sum.item(), rel=1e-4)
+    assert output.tokens == plain.tokens and output.loss.item() == pytest.approx(
+        (expected / output.tokens + plain.aux_loss).item(), rel=1e-5
+    )
+    expected = expected / output.tokens + plain.aux_loss
+    ours = torch.autograd.grad(output.loss, list(model.parameters()))
+    for mine, theirs in zip(ours, torch.autograd.grad(expected, list(model.parameters())), strict=True):
+        assert_close(mine, theirs, 2e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_follows_the_hugging_face_convention(kind, grad):
     model, ids = tiny(kind), random_ids(2, 9)

@@ -11,6 +11,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainer.env_config import set_defaults_from_environment
+
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_DIR = ROOT / "dataset" / "sample"
 STOPPED = "stopped: the same command with --from_resume 1 continues from the last save"
@@ -84,7 +86,7 @@ def friendly_errors(stopped: str = "stopped"):
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         if os.environ.get("MINIMIND_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -149,7 +151,7 @@ def stated_sizes(args: argparse.Namespace) -> dict:
 
 def add_speed_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say how fast a run is, and change what it learns by no more than rounding."""
-    add = parser.add_argument
+    add = parser.add_argument_group("speed").add_argument
     add("--device", default="auto", help="auto, cpu, cuda:0, mps")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="of the matrix products")
     add("--num_workers", type=int, default=-1, help="processes that prepare batches; -1: 0 on CPU and MPS, 2 on CUDA")
@@ -170,18 +172,67 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
     add("--gradient_checkpointing", type=zero_or_one, default=0, help="1: less memory, a third more time")
 
 
-def stage_parser(stage: str, **defaults) -> argparse.ArgumentParser:
-    """The parser with the flags that all training stages share.
+def fraction(text: str) -> float:
+    """A number from 0 up to, but not including, 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up to 1")
+    return value
 
-    Args:
-        stage: its name for --help and for wandb.
-        defaults: the stage's own defaults; save_weight, from_weight, data_path, epochs, batch_size, learning_rate and
-            max_seq_len must be given.
-    """
-    parser = argparse.ArgumentParser(
-        description=f"MiniMind {stage}", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is trained on, what is held back, and how often that is looked at."""
+    add = parser.add_argument_group("data and validation").add_argument
+    add("--data_path", nargs="+", help="rows to train on: .jsonl, .json, .gz of them, .parquet, .arrow or a hub name")
+    add("--sample_ratio", type=float, default=1.0, help="share of every source that is used")
+    add("--sampling", default=None, help="JSON file: for each file name its ratio, max_samples and val_ratio")
+    add("--on_bad_row", default="raise", choices=["raise", "skip"], help="what a row that cannot be used does")
+    add("--tokenizer_path", default=str(ROOT / "model"), help="folder of the tokenizer")
+    add("--max_seq_len", type=positive_int, help="tokens per row")
+    add("--val_path", nargs="+", default=None, help="held-back rows: their loss, perplexity and bits per byte")
+    add("--val_ratio", type=fraction, default=0.0, help="share of --data_path that is held back, chosen by content")
+    add("--eval_interval", type=int, default=0, help="updates between validations; 0: after each epoch")
+    add("--patience", type=int, default=0, help="stop after so many validations without gain; 0: never")
+    add("--min_delta", type=float, default=0.0, help="the smallest fall of the held-back loss that is a gain")
+    add("--sample_prompts", default=str(SAMPLE_DIR / "prompts.jsonl"), help="continued at each validation; or none")
+    add("--regression_eval", type=zero_or_one, default=0, help="1: ask --regression_prompts and count right answers")
+    add("--regression_interval", type=int, default=500, help="updates between them; 0: at each validation")
+    add("--regression_prompts", default=str(SAMPLE_DIR / "regression_prompts.jsonl"))
+
+
+def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how far and how fast the weights move."""
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=positive_int)
+    add("--max_steps", type=int, default=0, help="stop after so many updates; 0: after all epochs")
+    add("--batch_size", type=positive_int, help="rows of --max_seq_len tokens per process and step")
+    add("--accumulation_steps", type=positive_int, default=1, help="steps whose gradients make one update")
+    add("--learning_rate", type=float, help="peak; reached after the warm-up")
+    add("--lr_schedule", default="cosine", choices=["cosine", "linear", "step", "constant"], help="after the warm-up")
+    add("--min_lr_ratio", type=fraction, default=0.1, help="what the schedule falls to, as a share of the peak")
+    add("--warmup_ratio", type=fraction, default=0.05, help="share of the updates over which the learning rate rises")
+    add("--warmup_steps", type=int, default=None, help="updates over which it rises, instead of --warmup_ratio")
+    add("--optimizer", default="adamw", choices=["adamw", "muon"], help="muon: for the matrices (torch 2.9 or later)")
+    add("--weight_decay", type=float, default=0.1, help="on matrices only, never on norms or embeddings")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--label_smoothing", type=fraction, default=0.0, help="share of the target spread over all tokens in training")
+    add("--freeze", nargs="+", default=[], metavar="PATTERN", help="parameters that stay, as in 'model.embed_tokens.*'")
+    add(
+        "--param_groups",
+        nargs="+",
+        default=[],
+        metavar="PATTERN=RATE[,DECAY]",
+        help="a factor for the learning rate of the parameters of that name, and their weight decay: '*.mlp.*=0.5,0'",
     )
-    add = parser.add_argument
+    add("--seed", type=int, default=42)
+
+
+def add_guard_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is kept, and what happens when something goes wrong."""
+    add = parser.add_argument_group("saving and safety").add_argument
     add("--save_dir", "--out_dir", default=ROOT / "out", type=output_path, help="where the weights go")
     add("--checkpoint_dir", default=ROOT / "checkpoints", type=output_path, help="where the state to resume from goes")
     add("--save_weight", help="name of the weights that are written")
@@ -193,29 +244,61 @@ def stage_parser(stage: str, **defaults) -> argparse.ArgumentParser:
         choices=["float32", "float16", "bfloat16"],
         help="half precision loses what the small learning rates of later stages add",
     )
-    add("--data_path", help="rows to train on: .jsonl, .json, .gz of them, .parquet, .arrow or a hub name")
-    add("--val_path", default=None, help="held-back rows: their loss and perplexity are reported after each epoch")
-    add("--on_bad_row", default="raise", choices=["raise", "skip"], help="what a row that cannot be used does")
-    add("--tokenizer_path", default=str(ROOT / "model"), help="folder of the tokenizer")
-    add("--epochs", type=positive_int)
-    add("--batch_size", type=positive_int, help="rows of --max_seq_len tokens per process and step")
-    add("--accumulation_steps", type=positive_int, default=1, help="steps whose gradients make one update")
-    add("--max_seq_len", type=positive_int, help="tokens per row")
-    add("--max_steps", type=int, default=0, help="stop after so many updates; 0: after all epochs")
-    add("--learning_rate", type=float, help="peak; reached after the warm-up, falls as a cosine to a tenth")
-    add("--warmup_ratio", type=float, default=0.05, help="share of the updates over which the learning rate rises")
-    add("--optimizer", default="adamw", choices=["adamw", "muon"], help="muon: for the matrices (torch 2.9 or later)")
-    add("--weight_decay", type=float, default=0.1, help="on matrices only, never on norms or embeddings")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
-    add_speed_flags(parser)
+    add("--save_minutes", type=float, default=5.0, help="minutes between saves; more where a save takes long")
+    add("--save_interval", type=int, default=0, help="updates between saves, instead of --save_minutes")
+    add("--keep_checkpoints", type=positive_int, default=2, help="states to resume from that are kept")
+    add("--max_bad_updates", type=positive_int, default=10, help="stop when so many in a row are not finite")
+    add(
+        "--oom_policy",
+        default="raise",
+        choices=["raise", "shrink"],
+        help="out of GPU memory: shrink tries the same batch again in smaller pieces, with the same result",
+    )
+    add("--deterministic", type=zero_or_one, default=0, help="1: the same bits each time on a GPU, too; slower")
+    add("--timeout_minutes", type=float, default=30.0, help="how long processes wait for each other")
+
+
+def add_record_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    """The flags that say what a run tells, and where it writes it."""
+    add = parser.add_argument_group("record").add_argument
     add("--log_interval", type=positive_int, default=10, help="updates between log lines")
-    add("--save_interval", type=positive_int, default=200, help="updates between saves")
-    add("--seed", type=int, default=42)
-    add("--use_wandb", action="store_true", help="also log to wandb (offline unless an API key is set)")
+    add("--runs_dir", default=None, type=output_path, help="where each run gets a folder; --save_dir/runs if not given")
+    add("--monitor", default="light", choices=["off", "light", "full"], help="full: with activation statistics")
+    add("--curves", type=zero_or_one, default=1, help="1: draw the curves when the run ends")
+    add(
+        "--use_wandb",
+        nargs="?",
+        const="wandb",
+        default=None,
+        choices=["wandb", "swanlab"],
+        help="also log to wandb (offline unless an API key is set), or to swanlab where that is named",
+    )
     add("--wandb_project", default=f"MiniMind-{stage.replace(' ', '-')}")
-    add("--ddp", action="store_true", help=argparse.SUPPRESS)  # an old spelling: torchrun is noticed by itself
+
+
+def stage_parser(stage: str, **defaults) -> argparse.ArgumentParser:
+    """The parser with the flags that all training stages share.
+
+    What is typed wins over the environment (trainer.env_config), that over --preset, that over the stage's defaults.
+
+    Args:
+        stage: its name for --help and for wandb.
+        defaults: the stage's own defaults; save_weight, from_weight, data_path, epochs, batch_size, learning_rate and
+            max_seq_len must be given.
+    """
+    parser = argparse.ArgumentParser(
+        description=f"MiniMind {stage}", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    add_data_flags(parser)
+    add_optimizer_flags(parser)
+    add_speed_flags(parser)
+    add_guard_flags(parser)
+    add_record_flags(parser, stage)
+    # an old spelling: torchrun is noticed by itself
+    parser.add_argument("--ddp", action="store_true", help=argparse.SUPPRESS)
     add_model_flags(parser)
-    parser.set_defaults(stage=stage, **defaults)
+    parser.set_defaults(stage=stage, **defaults | {"data_path": [str(defaults["data_path"])]})
+    set_defaults_from_environment(parser)
     return parser
 
 

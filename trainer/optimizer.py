@@ -1,12 +1,18 @@
 """The optimizers of --optimizer: AdamW, or Muon for the matrices of linear layers with AdamW for everything else.
 
-    optimizer = make_optimizer(args, model)
+Which parameters move, how fast, and how much they decay is said by patterns of their names.
+
+    python trainer/train_full_sft.py --freeze 'model.embed_tokens.*' --param_groups '*.mlp.*=0.5' '*norm*=2,0'
 
 Muon is torch's own (https://kellerjordan.github.io/posts/muon/), its steps scaled to AdamW's size
 (https://arxiv.org/abs/2502.16982, section 2.2), so that --learning_rate and --weight_decay mean the same for both.
 """
 
 from __future__ import annotations
+
+import math
+from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 
@@ -53,25 +59,133 @@ class MuonWithAdamW:
             part.load_state_dict(state[name])
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups for AdamW: matrices are decayed; norms, biases and embeddings are not."""
+# --- which parameters, by name ----------------------------------------------------------------------------------------
+
+
+class Group(NamedTuple):
+    """Parameters whose names fit `pattern`: learning rate times `rate`; weight decay `decay`, None: as for all."""
+
+    pattern: str
+    rate: float
+    decay: float | None = None
+
+
+def parse_groups(texts) -> list[Group]:
+    """The groups of --param_groups, each `PATTERN=RATE[,DECAY]`.
+
+    Raises:
+        ValueError: no such form, a rate that is not above 0, a decay below 0.
+    """
+    groups = []
+    for text in texts:
+        pattern, _, numbers = text.rpartition("=")
+        try:
+            values = [float(number) for number in numbers.split(",")]
+        except ValueError:
+            values = []
+        if not pattern or len(values) not in (1, 2) or not all(math.isfinite(v) and v >= 0 for v in values):
+            raise ValueError(f"--param_groups {text!r} is not PATTERN=RATE[,DECAY]: write it as in '*.mlp.*=0.5,0'")
+        if values[0] == 0:
+            raise ValueError(f"--param_groups {text!r} has the rate 0: what shall stay goes to --freeze {pattern!r}")
+        groups.append(Group(pattern, *values))
+    return groups
+
+
+def _names(model: torch.nn.Module) -> dict[torch.nn.Parameter, list[str]]:
+    """The names of each parameter: a tied output layer is the embedding by another name."""
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def _fits(names: list[str], pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _nothing_fits(flag: str, pattern: str, names) -> ValueError:
+    known = [names_of[0] for names_of in names.values()]
+    some = ", ".join(known[:: max(len(known) // 4, 1)][:5])
+    return ValueError(f"{flag} {pattern!r} fits no parameter: their names are {some}, ... (* stands for any text)")
+
+
+def freeze(model: torch.nn.Module, patterns) -> list[str]:
+    """Have the parameters whose names fit one of the patterns stay as they are; returns their names.
+
+    Patterns are those of a shell (fnmatch). A tied parameter goes by each of its names and is returned by the first.
+
+    Raises:
+        ValueError: a pattern that fits none; nothing left to train. The model is left alone then.
+    """
+    names = _names(model)
+    for pattern in patterns:
+        if not any(_fits(names_of, pattern) for names_of in names.values()):
+            raise _nothing_fits("--freeze", pattern, names)
+    chosen = {p: n[0] for p, n in names.items() if any(_fits(n, pattern) for pattern in patterns)}
+    if not any(p.requires_grad for p in names.keys() - chosen.keys()):
+        raise ValueError(f"--freeze {' '.join(patterns)} leaves nothing to train: freeze less")
+    for parameter in chosen:
+        parameter.requires_grad_(False)
+    return list(chosen.values())
+
+
+def parameter_groups(
+    model: torch.nn.Module, weight_decay: float, groups=(), learning_rate: float | None = None
+) -> list[dict]:
+    """Groups for AdamW: first all that no pattern takes, matrices and then the rest, and so on for each pattern.
+
+    Matrices are decayed; norms, biases and embeddings are not. The order is that of the patterns and of the model, as
+    checkpoints know a parameter by its place.
+
+    Args:
+        groups: of parse_groups; a parameter goes with the first that fits. They need the learning rate of all others.
+
+    Raises:
+        ValueError: a pattern that fits no parameter, or none that is trained and still to be had.
+    """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.dim() > 1 and id(p) not in embeddings]
-    kept = [p for p in trained if p.dim() < 2 or id(p) in embeddings]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    names = _names(model)
+    taken, result = set(), []
+    for group in groups:
+        fitting = [p for p in names if _fits(names[p], group.pattern)]
+        members = [p for p in fitting if p.requires_grad and p not in taken]
+        if not fitting:
+            raise _nothing_fits("--param_groups", group.pattern, names)
+        if not members:
+            raise ValueError(f"--param_groups {group.pattern!r} has no effect: what it fits is frozen or in one before")
+        taken.update(members)
+        decay, kept = (weight_decay, 0.0) if group.decay is None else (group.decay, group.decay)
+        parts = _by_decay(members, embeddings, decay, kept)
+        result += [part | {"lr": learning_rate * group.rate} for part in parts if part["params"]]
+    rest = [p for p in model.parameters() if p.requires_grad and p not in taken]
+    return _by_decay(rest, embeddings, weight_decay, 0.0) + result
+
+
+def _by_decay(parameters, embeddings: set[int], decay: float, kept_decay: float) -> list[dict]:
+    decayed = [p for p in parameters if p.dim() > 1 and id(p) not in embeddings]
+    kept = [p for p in parameters if p.dim() < 2 or id(p) in embeddings]
+    return [{"params": decayed, "weight_decay": decay}, {"params": kept, "weight_decay": kept_decay}]
+
+
+# --- the optimizer ----------------------------------------------------------------------------------------------------
 
 
 def make_optimizer(args, model: torch.nn.Module, params=None) -> torch.optim.Optimizer | MuonWithAdamW:
-    """The optimizer of --optimizer over `params`, or over all that `model` trains.
+    """The optimizer of --optimizer over `params`, or over all that `model` trains, in the groups of --param_groups.
 
     AdamW is fused into one kernel on CPU and CUDA. `initial_lr` keeps each group's peak for the schedule.
 
     Raises:
-        ValueError: Muon asked of a torch that has none.
+        ValueError: Muon asked of a torch that has none; --param_groups that are malformed, without effect, or given to
+            a stage that brings its own `params`.
     """
-    groups = list(params) if params is not None else parameter_groups(model, args.weight_decay)
-    if not isinstance(groups[0], dict):
+    patterns = parse_groups(args.param_groups)
+    if params is not None and patterns:
+        raise ValueError(f"--param_groups {args.param_groups[0]!r}: this stage has parameter groups of its own")
+    groups = list(params) if params is not None else None
+    if groups is None:
+        groups = parameter_groups(model, args.weight_decay, patterns, args.learning_rate)
+    elif not isinstance(groups[0], dict):
         groups = [{"params": groups, "weight_decay": args.weight_decay}]
     if args.optimizer == "muon":
         optimizer = _muon(args, model, groups)
