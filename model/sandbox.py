@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -280,6 +281,33 @@ def extract_code(text: str) -> str | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     return text.strip() + "\n" if any(not isinstance(node, ast.Expr) for node in statements) else None
+
+
+def judge_code(answer: str, check: str) -> dict:
+    """{"ran", "right", "error"}: whether the answer holds code, it ends without error, and the check agrees.
+
+    Args:
+        answer: what a model wrote; check: Python that runs behind its code and fails, by assert, where it is wrong.
+    """
+    code = extract_code(answer)
+    if code is None:
+        return {"ran": False, "right": False, "error": "no code in the answer"}
+    alone = run_python(code)
+    if not alone.ok:
+        return {"ran": False, "right": False, "error": last_line(alone) or "ended without success"}
+    # printed last, so that code which ends the process before the check is not taken for right
+    reached = secrets.token_hex(8)
+    checked = run_python(f"{code}\n\n{check}\nprint({reached!r})\n")
+    if checked.ok and checked.stdout.rstrip().endswith(reached):
+        return {"ran": True, "right": True, "error": ""}
+    return {"ran": True, "right": False, "error": last_line(checked) or "ended before the check"}
+
+
+def last_line(result: SandboxResult) -> str:
+    """What Python says at the end of its errors, or that the time was up."""
+    if result.timed_out:
+        return f"not done after {result.seconds:.0f} s"
+    return result.stderr.strip().splitlines()[-1] if result.stderr.strip() else ""
 
 
 def main() -> int:

@@ -8,16 +8,14 @@ contain what the row expects. Rows that must be new to the model are looked for 
 """
 
 import argparse
-import secrets
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.jsonl import read_rows
-from model.chat import render
-from model.generation import load_for_inference, reply
-from model.sandbox import SandboxResult, active_guards, extract_code, run_python
+from model.generation import load_for_inference
+from model.sandbox import active_guards, judge_code
 from model.weights import write_json
 from trainer.arguments import (
     ROOT,
@@ -30,6 +28,7 @@ from trainer.arguments import (
     weights_dir,
 )
 from trainer.hardware import choose_device
+from trainer.regression import ask, why_missing
 
 
 def parse_args(argv=None):
@@ -66,39 +65,9 @@ def refuse_seen(questions: list[dict], train_path: str) -> None:
                 )
 
 
-def ask(model, tokenizer, row: dict, max_new_tokens: int) -> str:
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    messages.append({"role": "user", "content": row["prompt"]})
-    ids = render(tokenizer, messages, add_generation_prompt=True).input_ids
-    return reply(model, tokenizer, ids, max_new_tokens)[0]
-
-
-def judge_code(answer: str, check: str) -> dict:
-    """{"ran", "right", "error"}: whether the answer holds code, it ends without error, and the check agrees."""
-    code = extract_code(answer)
-    if code is None:
-        return {"ran": False, "right": False, "error": "no code in the answer"}
-    alone = run_python(code)
-    if not alone.ok:
-        return {"ran": False, "right": False, "error": last_line(alone) or "ended without success"}
-    # printed last, so that code which ends the process before the check is not taken for right
-    reached = secrets.token_hex(8)
-    checked = run_python(f"{code}\n\n{check}\nprint({reached!r})\n")
-    if checked.ok and checked.stdout.rstrip().endswith(reached):
-        return {"ran": True, "right": True, "error": ""}
-    return {"ran": True, "right": False, "error": last_line(checked) or "ended before the check"}
-
-
-def last_line(result: SandboxResult) -> str:
-    """What Python says at the end of its errors, or that the time was up."""
-    if result.timed_out:
-        return f"not done after {result.seconds:.0f} s"
-    return result.stderr.strip().splitlines()[-1] if result.stderr.strip() else ""
-
-
 def judge_chat(answer: str, expect: list[list[str]]) -> dict:
     """{"right"}: of each list of alternatives at least one occurs, upper and lower case alike."""
-    return {"right": all(any(word.lower() in answer.lower() for word in words) for words in expect)}
+    return {"right": not why_missing(answer, expect)}
 
 
 def main(args):
@@ -116,7 +85,7 @@ def main(args):
     results = []
     for kind, rows in (("code", code), ("chat", chat)):
         for row in rows:
-            text = ask(model, tokenizer, row, args.max_new_tokens)
+            text = ask(model, tokenizer, row, chat=True, max_new_tokens=args.max_new_tokens)
             verdict = judge_code(text, row["check"]) if kind == "code" else judge_chat(text, row["expect"])
             results.append({"kind": kind, "prompt": row["prompt"], "new": not row.get("seen", True), "answer": text})
             results[-1] |= verdict
