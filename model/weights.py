@@ -8,6 +8,7 @@ sidecar, are recognised by their keys and shapes.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -83,9 +84,44 @@ def atomic_write(path: str | Path, write) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the system write the new name down too, or a power cut could undo it (Windows has no such call)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_tensors(content: dict, path: str | Path) -> None:
+    """torch.save that raises OSError where the disk is full: torch's own error does not say so."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            cause = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            if cause is None:
+                raise
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sweep_temporaries(path: str | Path) -> None:
+    """Remove what atomic_write left of `path` when its process was killed; only where nobody else writes that file."""
+    path = Path(path)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -133,7 +169,7 @@ def save_weights(
     next_sidecar = _next_sidecar(path)
 
     def write(temporary):
-        torch.save(tensors, temporary)
+        save_tensors(tensors, temporary)
         sidecar = {
             "digest": file_digest(temporary),
             "config": config_dict(config),

@@ -56,7 +56,7 @@ def parse_args(argv=None):
     add("--json", action="store_true", help="one JSON object per line, the last one with the ratio if there is one")
     add("--seed", type=int, default=42)
     add_model_flags(parser)
-    parser.set_defaults(learning_rate=1e-4, weight_decay=0.1)
+    parser.set_defaults(learning_rate=1e-4, weight_decay=0.1, param_groups=[])
     args = parser.parse_args(argv)
     args.device = choose_device(args.device)
     args.dtype = choose_dtype(args.dtype, args.device)

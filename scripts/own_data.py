@@ -1,6 +1,7 @@
 """From your own text and conversations to a chat model: hold rows back, pretrain, fine-tune, ask, draw the curves.
 
-It only runs the commands that it prints. Every hundredth row of each file is held back, and its loss reported.
+It only runs the commands that it prints. A hundredth of the rows is held back, and its loss reported. The record of
+each stage, with its curves, is below --out_dir/runs. Stopped? The same command with --from_resume 1 goes on.
 
     python scripts/own_data.py --pretrain my_texts.jsonl more.jsonl.gz --sft my_chats.jsonl --preset small
     python scripts/own_data.py --pretrain my_texts.jsonl --sft my_chats.jsonl --pretrain_steps 1000 --sft_steps 200 \
@@ -17,10 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.jsonl import check_conversation, check_pretrain, read_rows
-from trainer.arguments import ROOT, friendly_errors, input_path, output_path, positive_int
+from trainer.arguments import ROOT, data_source, friendly_errors, output_path, positive_int
 
-HELD_BACK = 100  # one row in so many
+HELD_BACK = 0.01  # of the rows
 PROMPTS = ("你好，请介绍一下自己。", "中国的首都是哪里？", "Write a Python function that adds two numbers.")
 
 
@@ -39,23 +39,9 @@ def parse_args(argv=None):
     add("--optimizer", default="adamw", choices=["adamw", "muon"])
     add("--pretrain_steps", type=int, default=0, help="updates; 0: once through the text")
     add("--sft_steps", type=int, default=0, help="updates; 0: once through the conversations")
+    add("--from_resume", type=int, default=0, choices=[0, 1], help="1: go on where the same command was stopped")
     add("--prompt", action="append", default=[], help="asked at the end; may be repeated")
     return parser.parse_args(argv)
-
-
-def hold_back(paths: list[Path], check, kept: Path, held: Path) -> None:
-    """Copy good rows into `kept`, every hundredth one into `held`."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with kept.open("w", encoding="utf-8", newline="\n") as train, held.open("w", encoding="utf-8", newline="\n") as val:
-        counts = [0, 0]
-        for path in paths:
-            for number, (_, row) in enumerate(read_rows(input_path(path), "skip", check), start=1):
-                is_held = number % HELD_BACK == 0
-                (val if is_held else train).write(json.dumps(row, ensure_ascii=False) + "\n")
-                counts[is_held] += 1
-    if not counts[1]:
-        raise ValueError(f"{kept.stem}: {counts[0]} rows, too few to hold one in {HELD_BACK} back: give more")
-    print(f"{kept.stem}: {counts[0]:,} rows to train on, {counts[1]:,} held back", flush=True)
 
 
 def run(*words) -> float:
@@ -69,25 +55,32 @@ def run(*words) -> float:
     return time.monotonic() - began
 
 
-def train(script: str, args, kind: str, steps: int, *flags) -> float:
+def absolute(source: Path) -> str:
+    """A file as it is found from here, or else the name of a data set on the hub; the stages run in the root."""
+    found = data_source(source)
+    return str(Path(found).absolute()) if Path(found).exists() else found
+
+
+def train(script: str, args, files: list[Path], steps: int, *flags) -> float:
     out = args.out_dir
     return run(
         *(f"trainer/{script}.py", "--save_dir", out, "--checkpoint_dir", out / "checkpoints", *flags),
-        *("--data_path", out / f"{kind}.jsonl", "--val_path", out / f"{kind}_val.jsonl", "--max_steps", steps),
+        *("--data_path", *map(absolute, files), "--val_ratio", HELD_BACK, "--on_bad_row", "skip"),
         *("--max_seq_len", args.max_seq_len, "--batch_size", args.batch_size, "--learning_rate", args.learning_rate),
-        *("--epochs", 1, "--preset", args.preset, "--optimizer", args.optimizer),
+        *("--epochs", 1, "--max_steps", steps, "--preset", args.preset, "--optimizer", args.optimizer),
+        *("--from_resume", args.from_resume),
     )
 
 
-def curve(out: Path, name: str) -> Path:
-    """The metrics file that the stage has just written; an older run of another size may have left one, too."""
-    return max(out.glob(f"{name}_*.metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+def run_folder(out: Path, name: str) -> Path:
+    """The directory of the stage's run that has just ended; earlier ones, of other sizes too, may lie beside it."""
+    return max((out / "runs").glob(f"{name}_*/summary.json"), key=lambda path: path.stat().st_mtime).parent
 
 
 def report(out: Path, seconds: dict[str, float]) -> None:
     for name, elapsed in seconds.items():
-        path = Path(str(curve(out, name)).removesuffix(".metrics.jsonl") + ".json")
-        metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+        summary = run_folder(out, name) / "summary.json"
+        metrics = json.loads(summary.read_text(encoding="utf-8"))["metrics"]
         print(
             f"{name}: {elapsed / 60:.1f} min, {metrics['tokens_per_second']:,.0f} trained tokens/s, "
             f"held-back loss {metrics['val_loss']:.3f}, perplexity {metrics['val_ppl']:.1f}"
@@ -96,13 +89,11 @@ def report(out: Path, seconds: dict[str, float]) -> None:
 
 def main(args):
     out = args.out_dir
-    hold_back(args.pretrain, check_pretrain, out / "pretrain.jsonl", out / "pretrain_val.jsonl")
-    hold_back(args.sft, check_conversation, out / "sft.jsonl", out / "sft_val.jsonl")
-    seconds = {"pretrain": train("train_pretrain", args, "pretrain", args.pretrain_steps)}
-    seconds["full_sft"] = train("train_full_sft", args, "sft", args.sft_steps, "--from_weight", "pretrain")
+    seconds = {"pretrain": train("train_pretrain", args, args.pretrain, args.pretrain_steps)}
+    seconds["full_sft"] = train("train_full_sft", args, args.sft, args.sft_steps, "--from_weight", "pretrain")
     for prompt in args.prompt or PROMPTS:
         run("eval_llm.py", "--save_dir", out, "--preset", args.preset, "--prompt", prompt)
-    run("scripts/plot_metrics.py", *(curve(out, name) for name in seconds), "--out", out / "curves.png")
+    run("scripts/plot_metrics.py", *(run_folder(out, name) for name in seconds), "--out", out / "curves.png")
     print("\n" + "-" * 80)
     report(out, seconds)
 

@@ -34,13 +34,19 @@ def places(folder):
 
 
 def tree(folder):
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    """The files of a folder; the run directories, named after the time, are looked at by themselves."""
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {name for name in files if not name.startswith("out/runs/")}
+
+
+def run_folder(folder, name):
+    """The directory of the newest run of that name."""
+    return max((folder / "out/runs").glob(f"{name}-2*"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def metrics(folder, name):
-    return [
-        json.loads(line) for line in (folder / f"out/{name}.metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    ]
+    lines = (run_folder(folder, name) / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return [entry for entry in map(json.loads, lines) if "event" not in entry]
 
 
 def sidecar(folder, name):
@@ -115,9 +121,7 @@ def test_both_stages_from_every_folder(cwd, trainer, dataset, tmp_path):
         f"{trainer}/train_full_sft.py", *short, "--data_path", f"./{dataset}/sample/sft_val.jsonl", cwd=here
     )
     assert second.returncode == 0, second.stderr
-    weights = {
-        f"out/{name}_32{end}" for name in ("pretrain", "full_sft") for end in (".pth", ".json", ".metrics.jsonl")
-    }
+    weights = {f"out/{name}_32{end}" for name in ("pretrain", "full_sft") for end in (".pth", ".json")}
     assert tree(tmp_path) == weights | {f"checkpoints/{name}_32_resume.pth" for name in ("pretrain", "full_sft")}
     assert {*os.listdir(here), *os.listdir(ROOT)} <= before
     assert sidecar(tmp_path, "full_sft_32")["config"]["num_attention_heads"] == 2
@@ -145,7 +149,7 @@ def test_mixture_of_experts_by_any_spelling(spelling, end, data, tmp_path):
     flags = [*SIZE, *SHORT, *places(tmp_path), *experts, "--use_moe", spelling]
     done = run_inside(PRETRAIN, *flags, "--data_path", data / "pretrain_val.jsonl")
     assert done.returncode == 0, done.stderr
-    names = {f"out/pretrain_32{end}{suffix}" for suffix in (".pth", ".json", ".metrics.jsonl")}
+    names = {f"out/pretrain_32{end}{suffix}" for suffix in (".pth", ".json")}
     assert tree(tmp_path) == names | {f"checkpoints/pretrain_32{end}_resume.pth"}
     assert ("aux_loss:" in done.stdout) == bool(end)
     if end:  # the next stage finds it without a flag

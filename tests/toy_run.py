@@ -3,6 +3,8 @@
 python tests/toy_run.py --save_dir out --checkpoint_dir checkpoints [flags of a stage] [--stop_after N]
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer.arguments import stage_parser
-from trainer.train_pretrain import train_epoch, validate
+from trainer.arguments import friendly_errors, stage_parser
+from trainer.train_pretrain import train_epoch
 from trainer.train_run import TrainRun
 from trainer.trainer_utils import init_environment
 
@@ -58,6 +60,8 @@ def parse(argv):
     )
     parser.add_argument("--rows", type=int, default=37)
     parser.add_argument("--stop_after", type=int, default=0, help="die after so many updates in all")
+    parser.add_argument("--send", default="", help="NAME[,NAME]:UPDATE[:RANK] that the process gets")
+    parser.add_argument("--oom", default="", help="ROWS[:RANK]: more rows in one forward pass do not fit")
     parser.set_defaults(dtype="float32", device="cpu", hidden_size=32, log_interval=1)
     return parser.parse_args([str(a) for a in argv])
 
@@ -75,28 +79,64 @@ def config(args):
     )
 
 
+def interrupt(run, after, action):
+    """Have run.save do `action` at the end of update number `after`, before anything is saved."""
+    save = run.save
+
+    def saving(step):
+        if run.closes_window and run.updates == after:
+            action()
+        save(step)
+
+    run.save = saving
+
+
+def die_after_saving(run, after):
+    save = run.save
+
+    def save_then_die(step):
+        save(step)
+        if run.closes_window and run.updates == after:
+            raise Stop
+
+    run.save = save_then_die
+
+
+def limit_memory(model, rows):
+    """Let a forward pass over more rows fail half way, as a GPU's memory would."""
+
+    def check(_, inputs, kwargs):
+        if model.training and len(kwargs["input_ids"]) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def on_this_rank(words, place):
+    return len(words) <= place or int(words[place]) == int(os.environ.get("RANK", 0))
+
+
 def train(args):
     """Train and return the TrainRun."""
     init_environment(args)
     lm_config = config(args)
-    run = TrainRun(
-        args, lm_config, MiniMindForCausalLM(lm_config), RandomTokens(args.rows), collate, RandomTokens(11, seed=1)
-    )
-    for epoch in run.epochs():
+    model = MiniMindForCausalLM(lm_config)
+    oom = args.oom.split(":")
+    if args.oom and on_this_rank(oom, 1):
+        limit_memory(model, int(oom[0]))
+    rows, val_rows = RandomTokens(args.rows), RandomTokens(11, seed=1)
+    with TrainRun(args, lm_config, model, rows, collate, val_rows) as run:
         if args.stop_after:
-            save = run.save
-
-            def save_then_die(step, save=save):
-                save(step)
-                if run.closes_window and run.monitor.done == args.stop_after:
-                    raise Stop
-
-            run.save = save_then_die
-        train_epoch(epoch, run)
-        validate(run)
-    run.finish()
+            die_after_saving(run, args.stop_after)
+        words = args.send.split(":")
+        if args.send and on_this_rank(words, 2):
+            names = words[0].split(",")
+            interrupt(run, int(words[1]), lambda: [os.kill(os.getpid(), signal.Signals[f"SIG{n}"]) for n in names])
+        for epoch in run.epochs():
+            train_epoch(epoch, run)
     return run
 
 
 if __name__ == "__main__":
-    train(parse(sys.argv[1:]))
+    with friendly_errors():
+        train(parse(sys.argv[1:]))

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.lm_dataset import SFTDataset
 from trainer.arguments import ROOT, STOPPED, friendly_errors, model_config, stage_parser
+from trainer.regression import check_prompt_files, check_regression, show_samples
 from trainer.rows import open_rows
 from trainer.train_run import TrainRun
 from trainer.trainer_utils import init_environment, init_model
@@ -45,10 +46,13 @@ def compute_loss(model, batch):
 
 def train_epoch(epoch, run):
     for step, batch in run.batches(epoch):
-        with run.autocast():
-            loss_sum, tokens, aux_loss = compute_loss(run.model, batch)
-        run.update(loss_sum, tokens, aux_loss)
+        with run.attempt():
+            with run.autocast():
+                loss_sum, tokens, aux_loss = compute_loss(run.model, batch)
+            run.update(loss_sum, tokens, aux_loss)
         run.log(step)
+        if run.evaluates(step):
+            validate(run)
         run.save(step)
 
 
@@ -57,20 +61,21 @@ def validate(run):
         for batch in run.val_batches():
             with run.autocast():
                 total.add(*compute_loss(run.model, batch))
+    show_samples(run, chat=True)
+    check_regression(run, chat=True)
 
 
 def main(args):
     init_environment(args)
+    check_prompt_files(args)
     lm_config = model_config(args)
     model, tokenizer = init_model(lm_config, args.from_weight, args.tokenizer_path, args.save_dir, args.device)
 
     dataset, val_dataset, collate = open_rows(args, tokenizer, SFTDataset, train_on=args.train_on)
 
-    run = TrainRun(args, lm_config, model, dataset, collate, val_dataset, tokenizer)
-    for epoch in run.epochs():
-        train_epoch(epoch, run)
-        validate(run)
-    run.finish()
+    with TrainRun(args, lm_config, model, dataset, collate, val_dataset, tokenizer) as run:
+        for epoch in run.epochs():
+            train_epoch(epoch, run)
 
 
 if __name__ == "__main__":

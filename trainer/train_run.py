@@ -2,12 +2,17 @@
 
 The stage owns its loop and calls this; this never calls back into a stage:
 
-    for step, batch in run.batches(epoch):              # in order, resumable, on the device, learning rate set
-        with run.autocast():
-            loss_sum, tokens, aux_loss = compute_loss(run.model, batch)
-        run.update(loss_sum, tokens, aux_loss)          # backward; at the end of a window: average, clip, step
-        run.log(step)                                   # every --log_interval updates
-        run.save(step)                                  # every --save_interval updates, and at the end of an epoch
+    with TrainRun(args, lm_config, model, dataset, collate, val_dataset, tokenizer) as run:
+        for epoch in run.epochs():
+            for step, batch in run.batches(epoch):      # in order, resumable, on the device, learning rate set
+                with run.attempt():                     # out of memory: the same window again, in smaller pieces
+                    with run.autocast():
+                        loss_sum, tokens, aux_loss = compute_loss(run.model, batch)
+                    run.update(loss_sum, tokens, aux_loss)  # backward; at the end of a window: average, clip, step
+                run.log(step)                           # every --log_interval updates
+                if run.evaluates(step):                 # every --eval_interval updates, and at the end of an epoch
+                    validate(run)
+                run.save(step)                          # every --save_minutes, at the end of an epoch, when stopped
 
 A *step* is one update of the weights: a window of --accumulation_steps batches on each process. Intervals, the
 schedule and the numbers in the log count steps. It takes a Module and a Dataset and knows nothing of what they are.
@@ -17,40 +22,58 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
+import sys
 import time
 from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
-from model.weights import load_state, save_weights, tokenizer_digest, update_sidecar, weight_path
+from model.weights import load_state
+from trainer import memory, resume
+from trainer.arguments import ROOT
+from trainer.checkpoint import is_minimind, minimind_optimizer
+from trainer.guard import NumberGuard, Update
 from trainer.hardware import choose_compile
-from trainer.monitor import Monitor, start_wandb
-from trainer.optimizer import make_optimizer
+from trainer.logbook import Logbook
+from trainer.optimizer import freeze, make_optimizer
+from trainer.order import DataOrder, KeepRows, make_loader, to_device
+from trainer.record import code_version
+from trainer.resume import plain
+from trainer.saving import Saver
+from trainer.schedule import describe_schedule, get_lr_with_warmup, warmup_steps_of
+from trainer.stopping import EarlyStopping, StopSignals
 from trainer.trainer_utils import (
     Logger,
     SkipBatchSampler,
-    StreamShare,
-    get_lr_with_warmup,
+    add_up,
+    agree,
+    average_gradients,
+    from_main,
+    gather,
     get_rank,
     get_rng_state,
     get_world_size,
     is_main_process,
     lm_checkpoint,
-    resume_path,
+    lost_peer,
     set_rng_state,
+    setup_seed,
     unwrap,
 )
+from trainer.validation import LossSum, perplexity
 
-# an update whose gradient is not finite is left out; so many in a row mean that the run is lost
-MAX_BAD_UPDATES = 10
 FEW_UPDATES = 100
+SHOWN_ROWS = 8
 
 
 class TrainRun:
     """The optimizer, mixed precision, data order, gradient accumulation, validation, log and checkpoints of one stage.
+
+    Used as a context manager: leaving it ends the record of the run, whatever happened.
 
     Args:
         args: the flags of `trainer.arguments.stage_parser`.
@@ -61,10 +84,14 @@ class TrainRun:
             set_epoch (torch's name for it, on samplers), that is called before each epoch; it may deal its items out
             anew, but not change how many there are. An IterableDataset is taken in its own order.
         val_dataset: held-back rows, or None.
-        tokenizer: goes into the sidecar of the weights, by digest.
+        tokenizer: goes into the sidecar of the weights, by digest, and says how many bytes a token stands for.
         params: parameters or parameter groups for AdamW; all of the model's, matrices decayed, if left out.
         export: the callable that gives the state_dict written to --save_dir; the whole model if left out.
         stateful: further objects with state_dict()/load_state_dict() that a resumed run needs back.
+
+    Attributes:
+        updates: made so far, those before a resume among them. folder: the run's directory, None off the main process.
+        due: what an evaluation is to look at now: "val", "regression".
     """
 
     def __init__(
@@ -81,44 +108,58 @@ class TrainRun:
         **stateful,
     ):
         self.args, self.lm_config, self.dataset, self.val_dataset = args, lm_config, dataset, val_dataset
-        self.collate, self.stateful, self.tokenizer = collate, stateful, tokenizer
+        self.collate, self.tokenizer = collate, tokenizer
         self.export = export or (lambda: unwrap(self.model).state_dict())
         self.device_type = torch.device(args.device).type
         self.rank, self.world_size = get_rank(), get_world_size()
+        if args.label_smoothing:
+            model.label_smoothing = args.label_smoothing
+        if frozen := freeze(model, args.freeze):
+            Logger(f"frozen: {len(frozen)} parameters, {frozen[0]} among them")
         self.optimizer = make_optimizer(args, model, params)
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=args.dtype == "float16")
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-        if isinstance(dataset, IterableDataset):
-            args.epochs = 1  # as long as --max_steps
-        batches = math.ceil(len(dataset) / (args.batch_size * self.world_size))
-        self.batches_per_epoch, self.steps_per_epoch = batches, math.ceil(batches / args.accumulation_steps)
-        self.total_steps = self.steps_per_epoch * args.epochs
-        if args.max_steps > 0:
-            self.total_steps = min(self.total_steps, args.max_steps)
-        if self.total_steps < FEW_UPDATES and args.max_steps < 1 and args.batch_size > 1:
-            Logger(f"only {self.total_steps:,} updates: a small data set learns more with a smaller --batch_size")
-        self.warmup_steps = round(self.total_steps * args.warmup_ratio)
-
-        self.start_epoch = self.start_step = 0
-        self.rng_state, self.metrics = None, {}
-        state = self._resume(model) if args.from_resume else None
-        self.resumed = state is not None
+        self.guard, self.early = NumberGuard(args.device), EarlyStopping(args.patience, args.min_delta)
+        self.stateful = stateful | {"guard": self.guard, "early": self.early}
+        self.saver = Saver(args, lm_config, tokenizer, self._data)
+        self.code = code_version(ROOT)
+        self.start_epoch = self.start_step = self.updates = 0
+        self.rng_state, self.pieces, self.due = None, 1, set()
+        state = self._read_checkpoint() if args.from_resume else None
+        self._plan(state)
+        if state is not None:
+            self._restore(model, state)
+        self._say_what_is_ahead(model)
         self._compile(model)
         self.model = model
         if dist.is_initialized():
             ids = [torch.device(args.device).index] if self.device_type == "cuda" else None
             self.model = DistributedDataParallel(model, device_ids=ids)
         self.model.train()
-        wandb_id = state["wandb_id"] if state else None
-        self.wandb = start_wandb(args, wandb_id) if args.use_wandb and is_main_process() else None
-        metrics_path = weight_path(args.save_dir, args.save_weight, lm_config).with_suffix(".metrics.jsonl")
-        self.monitor = Monitor(metrics_path, self.total_steps, self.done, is_main_process(), self.wandb)
-        self._wrote_weights = False
-        self.bad_in_a_row = torch.zeros((), device=args.device)
-        self._new_window()
-        self._new_log()
+        self._begin_record(state)
+        self._begin_window()
+        self.signals = StopSignals(Logger)
+
+    def _plan(self, state: dict | None) -> None:
+        """The order of the data and how many updates there are; a checkpoint settles how many rows make one."""
+        args = self.args
+        rows = resume.rows_per_update(args, self.world_size)
+        if state is not None and not is_minimind(state):
+            rows = resume.keep_rows_per_update(state["path"], state, args, self.world_size, Logger)
+        self.order = DataOrder(args, self.dataset, rows)
+        if self.order.is_stream:
+            args.epochs = 1  # as long as --max_steps
+            if len(self.dataset) != rows * args.max_steps:
+                begun = f"it was begun by {state['world_size']}" if state else f"it has {len(self.dataset):,} rows"
+                raise ValueError(f"a stream is continued by as many processes as before: {begun}")
+        self.batches_per_epoch, self.steps_per_epoch = self.order.batches, self.order.updates
+        self.total_steps = self.steps_per_epoch * args.epochs
+        if args.max_steps > 0:
+            self.total_steps = min(self.total_steps, args.max_steps)
+        if self.total_steps < FEW_UPDATES and args.max_steps < 1 and args.batch_size > 1:
+            Logger(f"only {self.total_steps:,} updates: a small data set learns more with a smaller --batch_size")
+        self.warmup_steps = warmup_steps_of(args, self.total_steps)
 
     def _compile(self, model) -> None:
         """Compile the model's blocks if that is wanted and pays; what was chosen is kept in args for a resume."""
@@ -131,131 +172,177 @@ class TrainRun:
             model.compile_blocks()
             Logger("compiled: the first step takes some ten seconds more (--use_compile 0 turns it off)")
 
+    def _say_what_is_ahead(self, model) -> None:
+        """The schedule, the memory and the disk space that the run will take, before its first step."""
+        args = self.args
+        Logger(describe_schedule(args, self.total_steps, self.updates))
+        every = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+        estimate = memory.estimate(self.lm_config, args, trained, every)
+        Logger(memory.describe(estimate, args.device))
+        for warning in (memory.warning(estimate, args.device), memory.disk_warning(every, args)):
+            if warning:
+                Logger(warning)
+
     # --- resuming -----------------------------------------------------------------------------------------------------
 
-    def _resume(self, model) -> dict | None:
-        """Put model, optimizer, scaler, position and random state back to where the last checkpoint left them."""
-        args, path = self.args, resume_path(self.lm_config, self.args.save_weight, self.args.checkpoint_dir)
-        state = lm_checkpoint(self.lm_config, args.save_weight, save_dir=args.checkpoint_dir)
-        if state is None:
-            Logger(f"no checkpoint at {path}: starting from the beginning")
+    def _read_checkpoint(self) -> dict | None:
+        """The state to go on from, on all processes; says what it is and what has changed since."""
+        found = from_main(self.saver.checkpoints.read)  # another machine's file system may not hold it
+        if found is None:
+            Logger(f"no checkpoint at {self.saver.checkpoints.path}: starting from the beginning")
             return None
+        state, path = found
+        if not is_minimind(state):
+            resume.check_resumable(path, state, self.args, self._data, self.code, Logger)
+        return state | {"path": path}
+
+    def _restore(self, model, state: dict) -> None:
+        """Put model, optimizer, scaler, position and random state back to where the checkpoint left them."""
+        args, path = self.args, state["path"]
+        if is_minimind(state):
+            self._restore_minimind(model, state)
+            return
         saved = state["args"]
-        self._check_resumable(path, state)
         if "dtype" in args.chosen:  # what `auto` meant when the run began
             args.dtype = saved["dtype"]
             self.scaler = torch.amp.GradScaler(self.device_type, enabled=args.dtype == "float16")
         if "use_compile" in args.chosen:
-            args.use_compile = saved.get("use_compile", "0")
+            args.use_compile = saved["use_compile"]
         load_state(model, state["model"], path)
-        stated = [
-            {name: group[name] for name in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, values in zip(self.optimizer.param_groups, stated, strict=True):
-            group.update(values)  # what the command line says now, not what it said then
+        self._load_optimizer(state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         for name, obj in self.stateful.items():
             obj.load_state_dict(state[name])
         self.start_epoch, self.start_step, self.rng_state = state["epoch"], state["step"], state["rng"]
-        Logger(f"resumed {path.name}: epoch {self.start_epoch + 1}, step {self.start_step}/{self.steps_per_epoch}")
-        return state
+        self.updates = self.start_epoch * self.steps_per_epoch + self.start_step
+        self.saver.resumed, self.saver.saved_update = True, self.updates
+        Logger(resume.describe(path, state, self.start_step, self.steps_per_epoch))
+        if self.early.is_over:
+            Logger(f"the run had stopped early, after {self.early.without_gain} validations without gain (--patience)")
 
-    def _check_resumable(self, path, state: dict) -> None:
-        """Say what has changed since the checkpoint; raise ValueError where its place in the data means nothing now."""
-        args, saved = self.args, state["args"]
-        for name in ("epochs", "max_steps", "learning_rate", "warmup_ratio", "weight_decay", "grad_clip"):
-            if saved[name] != getattr(args, name):
-                Logger(f"note: --{name} was {saved[name]} before the resume and is {getattr(args, name)} from now on")
-        for name in ("batch_size", "accumulation_steps", "max_seq_len", "packing", "seed", "optimizer"):
-            if saved.get(name) != getattr(args, name):
-                why = "its state fits no other" if name == "optimizer" else "rows would be trained twice or never"
-                raise ValueError(
-                    f"{path} was written with --{name} {saved.get(name)}, now it is {getattr(args, name)}: {why}. "
-                    f"Pass --{name} {saved.get(name)}, or start anew with --from_resume 0"
-                )
-        then = {**(state.get("data") or {}), "processes": state["world_size"]}
-        now = {**self._data, "processes": self.world_size}
-        changed = [f"{name} {then.get(name)} (now {value})" for name, value in now.items() if then.get(name) != value]
-        if changed:
-            raise ValueError(
-                f"{path} was written with {', '.join(changed)}: continue with the same data and processes, or start "
-                "anew with --from_resume 0 --from_weight"
-            )
+    def _restore_minimind(self, model, state: dict) -> None:
+        """Weights, moments and the place in the epoch, as far as MiniMind's file says."""
+        args, path = self.args, state["path"]
+        load_state(model, {name: tensor.float() for name, tensor in state["model"].items()}, path)
+        self._load_optimizer(minimind_optimizer(state, model, self.optimizer))
+        documents = self._data.get("documents") or self._data["rows"]
+        share = resume.minimind_share(path, state, documents, args.batch_size, Logger)
+        self.start_epoch = min(state["epoch"], args.epochs - 1)
+        self.start_step = int(share * self.steps_per_epoch)
+        self.updates = self.start_epoch * self.steps_per_epoch + self.start_step
 
-    @property
-    def _rows(self) -> int:
-        """How many rows there are to go through; 0 for a stream, which has no end."""
-        return 0 if isinstance(self.dataset, IterableDataset) else len(self.dataset)
+    def _load_optimizer(self, content: dict) -> None:
+        """Its state, but the rates and the decay that the command line says now."""
+        stated = [
+            {name: group[name] for name in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(content)
+        for group, values in zip(self.optimizer.param_groups, stated, strict=True):
+            group.update(values)
 
     @property
     def _data(self) -> dict:
-        """What the data counts, rows and tokens among it: the same only for the same data."""
-        return {"rows": self._rows} | getattr(self.dataset, "report", {})
-
-    @property
-    def done(self) -> int:
-        """Updates made before this process began."""
-        return self.start_epoch * self.steps_per_epoch + self.start_step
+        """What the data counts, rows and tokens among it, and its digest: the same only for the same data."""
+        digest = getattr(self.dataset, "digest", None)
+        rows = 0 if isinstance(self.dataset, IterableDataset) else len(self.dataset)  # a stream has no end
+        return {"rows": rows} | getattr(self.dataset, "report", {}) | ({"digest": digest} if digest else {})
 
     # --- the data, in order -------------------------------------------------------------------------------------------
 
     def epochs(self):
-        return range(self.start_epoch, math.ceil(self.total_steps / self.steps_per_epoch))
-
-    def _sampler(self, epoch: int, skip: int) -> SkipBatchSampler:
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-        if isinstance(self.dataset, IterableDataset):
-            order = range(len(self.dataset))
-        else:
-            generator = torch.Generator().manual_seed(self.args.seed + epoch)
-            order = torch.randperm(len(self.dataset), generator=generator).tolist()
-        return SkipBatchSampler(order, self.args.batch_size, skip, self.rank, self.world_size)
-
-    def _loader(self, dataset, sampler) -> DataLoader:
-        workers = self.args.num_workers
-        if workers < 0:
-            workers = 2 if self.device_type == "cuda" else 0
-        how = {"batch_sampler": sampler, "num_workers": workers}
-        if isinstance(dataset, IterableDataset):  # one process reads it: several would each read it
-            dataset, how = StreamShare(dataset, sampler), {"batch_size": None, "num_workers": min(workers, 1)}
-        # a generator of its own: the loader would otherwise draw from the model's random stream
-        return DataLoader(
-            dataset,
-            collate_fn=self.collate,
-            pin_memory=self.device_type == "cuda",
-            generator=torch.Generator(),
-            **how,
-        )
+        for epoch in range(self.start_epoch, math.ceil(self.total_steps / self.steps_per_epoch)):
+            if self.early.is_over:
+                return
+            yield epoch
 
     def batches(self, epoch: int):
         """Yield (step, batch): the updates of this epoch counted from 1; those made before a resume are skipped."""
-        args, start = self.args, self.start_step if epoch == self.start_epoch else 0
-        sampler = self._sampler(epoch, start * args.accumulation_steps)
-        if self.rng_state is not None:
-            set_rng_state(self.rng_state[self.rank])
-            self.rng_state = None
-        self.epoch = epoch
-        for number, batch in enumerate(self._loader(self.dataset, sampler), start=sampler.skip_batches):
-            self.step = number // args.accumulation_steps + 1
-            done = epoch * self.steps_per_epoch + self.step - 1
-            if done >= self.total_steps:  # --max_steps
+        start = self.start_step if epoch == self.start_epoch else 0
+        self.epoch, self.sampler = epoch, self.order.sampler(epoch, start)
+        collate = KeepRows(self.collate) if self.args.oom_policy == "shrink" else self.collate
+        self._restore_rng()
+        loader = self.order.load(self.sampler, collate)
+        for step in range(start + 1, self.steps_per_epoch + 1):
+            done = epoch * self.steps_per_epoch + step - 1
+            if done >= self.total_steps or self.early.is_over:  # --max_steps, --patience
                 return
-            self.is_filler = sampler.is_filler(number)
-            self._set_stance(sampler, number)
-            self.closes_window = (number + 1) % args.accumulation_steps == 0 or number + 1 == self.batches_per_epoch
+            self.step = step
             for group in self.optimizer.param_groups:
-                group["lr"] = get_lr_with_warmup(done, self.total_steps, group["initial_lr"], self.warmup_steps)
-            if isinstance(self.model, DistributedDataParallel):
-                self.model.require_backward_grad_sync = self.closes_window  # average gradients once per update
-            yield self.step, to_device(batch, args.device)
+                group["lr"] = get_lr_with_warmup(
+                    done,
+                    self.total_steps,
+                    group["initial_lr"],
+                    self.warmup_steps,
+                    self.args.lr_schedule,
+                    self.args.min_lr_ratio,
+                )
+            for batch in self._window(loader):
+                yield self.step, batch
 
-    def _set_stance(self, sampler: SkipBatchSampler, number: int) -> None:
+    def _window(self, loader):
+        """The batches of one update; all of them again, in smaller pieces, where memory ran out."""
+        last, fetched = self.order.last_batch(self.step), []
+        while True:
+            self.failed, self._why_failed = False, "in another process"
+            self._begin_window()
+            for place in range(self.order.batches_per_update):
+                if place == len(fetched):
+                    fetched.append(self._fetch(loader))
+                number, content = fetched[place]
+                pieces = self._cut(content)
+                for i, piece in enumerate(pieces):
+                    self.number, self.is_filler = number, self.sampler.is_filler(number)
+                    self.closes_window = number == last and i == len(pieces) - 1
+                    self._prepare_model(self.sampler.is_full(number) and len(pieces) == 1)
+                    yield to_device(piece, self.args.device)
+                    if self.failed:
+                        break
+                if self.failed or number == last:
+                    break
+            if not self.failed:
+                return
+            self._shrink()
+
+    def _fetch(self, loader):
+        began = time.monotonic()
+        item = next(loader)
+        self.book.data_wait += time.monotonic() - began
+        return item
+
+    def _cut(self, content) -> list:
+        """The batch, or so many smaller ones of its rows."""
+        if self.args.oom_policy != "shrink":
+            return [content]
+        rows, batch = content
+        if self.pieces == 1:
+            return [batch]
+        size = math.ceil(len(rows) / self.pieces)
+        return [self.collate(rows[at : at + size]) for at in range(0, len(rows), size)]
+
+    def _prepare_model(self, full: bool) -> None:
+        self._set_stance(full)
+        if isinstance(self.model, DistributedDataParallel):
+            # gradients are averaged once per update; in the shrink mode only when all processes have got through it
+            self.model.require_backward_grad_sync = self.closes_window and self.args.oom_policy != "shrink"
+        if self.book.activations is not None and self.closes_window and self._closes(self.args.log_interval):
+            self.book.activations.start()
+
+    def _set_stance(self, full: bool) -> None:
         """Compiled code is for batches of the full size: a smaller last one would be compiled for by itself."""
         if self.args.use_compile == "1":
-            torch.compiler.set_stance("default" if sampler.is_full(number) else "force_eager")
+            torch.compiler.set_stance("default" if full else "force_eager")
+
+    def _restore_rng(self) -> None:
+        """Go on in the random stream of the checkpoint; a process that was not there then begins one of its own."""
+        if self.rng_state is None:
+            return
+        if self.rank < len(self.rng_state):
+            set_rng_state(self.rng_state[self.rank])
+        else:
+            setup_seed(self.args.seed + self.rank + self.updates)
+        self.rng_state = None
 
     # --- the update ---------------------------------------------------------------------------------------------------
 
@@ -264,8 +351,48 @@ class TrainRun:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=getattr(torch, self.args.dtype))
 
-    def _new_window(self) -> None:
+    def _begin_window(self) -> None:
         self.window_tokens = torch.zeros((), device=self.args.device)
+        self.guard.new_window()
+
+    @contextmanager
+    def attempt(self):
+        """Around forward pass and update: where the GPU's memory runs out, --oom_policy decides.
+
+        raise: MemoryError, which names the flags that save memory. shrink: the window begins again in smaller pieces,
+        on all processes; its sums, and so its gradient, are the same.
+        """
+        self._agreed = False
+        try:
+            yield
+        except RuntimeError as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            # an update that the other processes go through with cannot be taken back here
+            if self.args.oom_policy == "raise" or (self._agreed and dist.is_initialized()):
+                raise MemoryError(self._out_of_memory(error)) from error
+            self._why_failed, self.failed = str(error).splitlines()[0], True
+            if not self._agreed:
+                agree(True)
+
+    def _out_of_memory(self, error) -> str:
+        size = f"{self.args.batch_size} rows of {self.args.max_seq_len} tokens in {self.args.dtype}"
+        return f"out of memory at step {self.step}, {size}: {memory.advice(self.args)} ({str(error).splitlines()[0]})"
+
+    def _shrink(self) -> None:
+        """After a window that did not fit: forget its gradients and cut batches into twice as many pieces."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device_type == "cuda":
+            torch.cuda.empty_cache()  # blocks of the large size would not serve the small one
+        if self.pieces >= self.args.batch_size:
+            raise MemoryError(self._out_of_memory(f"one row at a time does not fit: {self._why_failed}"))
+        self.pieces *= 2
+        self.book.counts["shrunk"] += 1
+        self.monitor.event(
+            f"out of memory at step {self.step}: each batch in {self.pieces} pieces from now on ({self._why_failed})",
+            "out_of_memory",
+            pieces=self.pieces,
+        )
 
     def update(self, loss_sum: torch.Tensor, tokens: torch.Tensor, aux_loss: torch.Tensor) -> None:
         """Add a batch's gradient to its window, and update the weights when the window closes.
@@ -283,13 +410,18 @@ class TrainRun:
         # a constant of about the right size keeps fp16's summed gradients in range until the exact number is known
         self.backward((loss_sum + aux_loss * tokens) / self._nominal_tokens)
         self.window_tokens += tokens
-        self.log_sums += torch.stack([loss_sum.detach().float(), aux_loss.detach() * tokens, tokens.float()])
+        self.guard.add(self.number, loss_sum, aux_loss, tokens.float(), not self.is_filler)
         if not self.closes_window:
             return
-        if dist.is_initialized():
-            dist.all_reduce(self.window_tokens)
+        if self.args.oom_policy == "shrink":
+            self._agreed = True
+            (self.failed,) = agree(False)
+            if self.failed:
+                return
+            average_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
+        add_up(self.window_tokens)
         self.optimizer_step(gradient_scale=self._nominal_tokens * self.world_size / self.window_tokens.clamp(min=1))
-        self._new_window()
+        self._begin_window()
 
     @property
     def _nominal_tokens(self) -> float:
@@ -305,214 +437,298 @@ class TrainRun:
         if gradient_scale is not None:
             torch._foreach_mul_([p.grad for p in parameters], gradient_scale)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip)
-        finite = torch.isfinite(self.grad_norm)
+        infinite = ~torch.isfinite(self.grad_norm)
+        left_out = infinite if gradient_scale is None else infinite | (self.window_tokens == 0)
         if self.device_type == "cuda" and not self.scaler.is_enabled():
             # the fused kernel leaves weights and moments alone where this is 1, without anyone waiting for the number
-            self.optimizer.found_inf = (~finite).float()
-        elif not self.scaler.is_enabled() and not finite:
+            self.optimizer.found_inf = left_out.float()
+        elif left_out:
             self.optimizer.zero_grad(set_to_none=True)  # nothing to step with
-        self.bad_in_a_row = (self.bad_in_a_row + 1) * ~finite
+        # fp16's scaler tries larger scales until one is too large: only a loss that is not finite is a fault there
+        bad = ~self.guard.finite_loss() if self.scaler.is_enabled() else infinite
+        self.guard.close(self.updates + 1, self.grad_norm, left_out, bad)
+        probe = self.book.weights_probe if self._closes(self.args.log_interval) else None
+        if probe is not None:
+            probe.before()
         self.scaler.step(self.optimizer)
+        if probe is not None:
+            self.book.weights_moved = probe.after()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
         self.monitor.advance()
 
     # --- validation ---------------------------------------------------------------------------------------------------
 
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due after this step; run.due says of what."""
+        self.due = set()
+        if not self.closes_window or self.failed:
+            return False
+        interval, args = self.args.eval_interval, self.args
+        if self._ends_epoch(step) or (interval > 0 and self.updates % interval == 0):
+            self.due.add("val")
+        if args.regression_eval and (
+            (args.regression_interval > 0 and self.updates % args.regression_interval == 0)
+            or (args.regression_interval == 0 and "val" in self.due)
+            or self.updates == self.total_steps
+        ):
+            self.due.add("regression")
+        if self.due:
+            self.book.begin_aside()  # until the save of this step
+        return bool(self.due)
+
     def val_batches(self):
-        """The held-back rows in order, shared over the processes, on the device; nothing if there are none."""
-        if self.val_dataset is None:
+        """The held-back rows in order, shared over the processes, on the device; nothing if that is not due."""
+        if self.val_dataset is None or "val" not in self.due:
             return
         sampler = SkipBatchSampler(range(len(self.val_dataset)), self.args.batch_size, 0, self.rank, self.world_size)
-        for number, batch in enumerate(self._loader(self.val_dataset, sampler)):
-            self.is_filler = sampler.is_filler(number)
-            self._set_stance(sampler, number)
-            yield to_device(batch, self.args.device)
+        for number, batch in enumerate(make_loader(self.args, self.val_dataset, sampler, self.collate)):
+            self.total.is_filler = sampler.is_filler(number)
+            self._set_stance(sampler.is_full(number))
+            batch = to_device(batch, self.args.device)
+            self.total.count_bytes(batch)
+            yield batch
 
     @contextmanager
     def evaluating(self):
         """No gradients, eval mode, and a sum to add each batch's loss to; at the end its mean is logged.
+
+        The weights are kept as `{save_weight}_best` where the loss is the lowest so far.
 
         with run.evaluating() as total:
             for batch in run.val_batches():
                 with run.autocast():
                     total.add(*compute_loss(run.model, batch))
         """
-        total, began = LossSum(self), time.monotonic()
+        self.total = LossSum(self.tokenizer)
         self.model.eval()
+        began = time.monotonic()
         try:
             with torch.no_grad():
-                yield total
+                yield self.total
         finally:
             self.model.train()
-        if self.val_dataset is not None:
-            loss = total.mean()
-            self.metrics |= {"val_loss": loss, "val_ppl": perplexity(loss)}
-            line = f"validation: loss:{loss:.4f} ppl:{perplexity(loss):.2f} ({time.monotonic() - began:.0f} s)"
-            self.monitor.record(line, epoch=self.epoch + 1, val_loss=loss, val_ppl=perplexity(loss))
-        self._log_began += time.monotonic() - began
+        if self.val_dataset is not None and "val" in self.due:
+            self._judge(*self.total.mean(), time.monotonic() - began)
+
+    def _judge(self, loss: float, bits_per_byte: float | None, seconds: float) -> None:
+        """Log a held-back loss, keep the weights if it is the best so far, and see whether the run should go on."""
+        values = {"val_loss": loss, "val_ppl": perplexity(loss)}
+        if bits_per_byte is not None:
+            values["val_bits_per_byte"] = bits_per_byte
+        best = self.early.update(loss, self.updates)
+        self.book.metrics |= values
+        known = f" bits/byte:{bits_per_byte:.3f}" if bits_per_byte is not None else ""
+        rank = "the lowest so far" if best else f"the lowest was {self.early.best:.4f} at {self.early.best_update:,}"
+        self.monitor.record(
+            f"validation: loss:{loss:.4f} ppl:{perplexity(loss):.2f}{known} ({seconds:.0f} s), {rank}",
+            epoch=self.epoch + 1,
+            **values,
+        )
+        if best and is_main_process():
+            self._try_to_save(self.saver.best_name)
+        if self.early.is_over:
+            self.monitor.event(
+                f"stopping early: the held-back loss has not fallen by more than {self.args.min_delta:g} in "
+                f"{self.early.without_gain} validations; the best weights are {self.saver.best_name}, of update "
+                f"{self.early.best_update:,}",
+                "stopped_early",
+            )
 
     # --- the record ---------------------------------------------------------------------------------------------------
 
-    def _new_log(self) -> None:
-        self.log_sums = torch.zeros(3, device=self.args.device)  # loss, balance loss * tokens, tokens
-        self._log_began = time.monotonic()
+    def _begin_record(self, state: dict | None) -> None:
+        """The run's directory, and what is written there first."""
+        name = self.saver.path(self.args.save_weight).stem
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.book = Logbook(self.args, name, unwrap(self.model), parameters, self.total_steps, self.updates, state)
+        self.folder, self.monitor = self.book.folder, self.book.monitor
+        self.book.begin(self.lm_config, self._data, getattr(self.dataset, "stats", []), self.code)
+        if is_main_process():
+            self.saver.sweep()
 
-    def log(self, step: int, **extra: float) -> None:
-        """Every --log_interval steps: mean loss since the last line, over all processes, and the speed."""
-        if not self.closes_window or (step % self.args.log_interval and not self._ends_epoch(step)):
-            return
-        sums = self.log_sums
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        loss, aux_loss, tokens = sums.tolist()
-        mean = loss / max(tokens, 1)
-        bad = int(self.bad_in_a_row)
-        if not math.isfinite(mean) or bad >= MAX_BAD_UPDATES:
-            raise ValueError(
-                f"epoch {self.epoch + 1}, step {step}: the loss is {mean}, and the gradient was not finite in the last "
-                f"{bad} updates, which were left out. Lower --learning_rate; the last save is in {self.args.save_dir}"
-            )
-        speed = tokens / max(time.monotonic() - self._log_began, 1e-9)
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.metrics |= {"loss": mean, "ppl": perplexity(mean), "tokens_per_second": speed}
-        parts = {"loss": f"{mean:.4f}", "ppl": f"{perplexity(mean):.2f}", "lr": f"{lr:.3e}"}
-        if aux_loss:
-            parts["aux_loss"] = f"{aux_loss / tokens:.4f}"
-        parts |= {name: f"{value:.4g}" for name, value in extra.items()}
-        parts |= {"tokens/s": f"{speed:,.0f}", "ETA": f"{self.monitor.minutes_left():.1f}min"}
-        self.monitor.record(
-            f"Epoch:[{self.epoch + 1}/{self.args.epochs}]({step}/{self.steps_per_epoch}) "
-            + " ".join(f"{name}:{value}" for name, value in parts.items()),
-            epoch=self.epoch + 1,
-            step=step,
-            loss=mean,
-            ppl=perplexity(mean),
-            aux_loss=aux_loss / max(tokens, 1),
-            lr=lr,
-            grad_norm=float(self.grad_norm),
-            tokens=tokens,
-            tokens_per_second=speed,
-            eta_minutes=self.monitor.minutes_left(),
-            **extra,
-        )
-        self._new_log()
+    def _closes(self, interval: int) -> bool:
+        """Whether this batch ends a step at which something is done every `interval` steps, and at an epoch's end."""
+        due = (interval > 0 and self.step % interval == 0) or self._ends_epoch(self.step)
+        return self.closes_window and not self.failed and due
 
     def _ends_epoch(self, step: int) -> bool:
         return step == self.steps_per_epoch or self.epoch * self.steps_per_epoch + step == self.total_steps
 
-    def save(self, step: int) -> None:
-        """Every --save_interval steps and at the end of an epoch: the weights, and the state to resume from."""
-        if not self.closes_window or (step % self.args.save_interval and not self._ends_epoch(step)):
+    def log(self, step: int, **extra: float) -> None:
+        """Every --log_interval steps: mean loss since the last line, over all processes, and the speed."""
+        if not self._closes(self.args.log_interval):
             return
-        self._save_state(self.epoch, step)
-        self._save_weights()
+        updates = self.guard.read(add_up)
+        self._report(updates)
+        place = f"Epoch:[{self.epoch + 1}/{self.args.epochs}]({step}/{self.steps_per_epoch})"
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.book.log(place, updates, lr, extra, epoch=self.epoch + 1, step=step)
 
-    def _save_state(self, epoch: int, step: int) -> None:
-        rng = [get_rng_state()]
-        if dist.is_initialized():
-            rng = [None] * self.world_size
-            dist.all_gather_object(rng, get_rng_state())
-        if is_main_process():
-            saved = {
-                "rng": rng,
-                "args": plain(self.args),
-                "data": self._data,
-                "rows": self._rows,
-                "scaler": self.scaler,
-            }
-            lm_checkpoint(
-                self.lm_config,
-                self.args.save_weight,
-                self.model,
-                self.optimizer,
-                epoch,
-                step,
-                self.wandb,
-                self.args.checkpoint_dir,
-                **saved,
-                **self.stateful,
+    def _report(self, updates: list[Update]) -> None:
+        """Say what went wrong since the last line; raise ValueError where nothing goes right any more."""
+        spikes = self.guard.judge(updates)
+        for update in (update for update in updates if update.bad):
+            self.monitor.event(
+                f"update {update.number:,} left out: the loss is {update.mean:.4g}, the norm of the gradient "
+                f"{update.grad_norm:.4g}. It was made of {self._rows_of(update)}",
+                "bad_update",
+                number=update.number,
+            )
+        for update, before in spikes:
+            self.monitor.event(
+                f"the loss jumped to {update.mean:.4f} at update {update.number:,}; it was {before:.4f} before",
+                "spike",
+                number=update.number,
+                loss=update.mean,
+            )
+        empty = sum(update.empty for update in updates)
+        if empty:
+            self.monitor.event(f"{empty} batch(es) without a labelled token: they count for nothing", "empty_batches")
+        if self.guard.bad_in_a_row >= self.args.max_bad_updates:
+            raise ValueError(
+                f"epoch {self.epoch + 1}, step {self.step}: loss or gradient were not finite in the last "
+                f"{self.guard.bad_in_a_row} updates, which were left out (--max_bad_updates). Lower --learning_rate; "
+                f"the rows are in {self.folder}; the last save is of update {self.saver.saved_update or 0:,}"
             )
 
-    def _save_weights(self) -> None:
+    def _rows_of(self, update: Update) -> str:
+        """The rows of an update that may have spoilt it, of all processes."""
+        where = getattr(self.dataset, "where", lambda index: f"row {index}")
+        indices = [index for number in update.suspects for index in self.sampler.share(number)]
+        mine = [where(index) for index in indices[:SHOWN_ROWS]]
+        return "; ".join(row for part in gather(mine) for row in part)
+
+    # --- saving -------------------------------------------------------------------------------------------------------
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal has asked this process to stop."""
+        return self.signals.received is not None
+
+    def save(self, step: int) -> None:
+        """The weights, and the state to resume from: when it is time, at the end of an epoch, and before stopping."""
+        if not self.closes_window or self.failed:
+            return
+        self.book.end_aside("evaluation")
+        stop, due = agree(self.stopping, is_main_process() and self.saver.is_due(step))
+        last = self.updates == self.total_steps or self.early.is_over
+        if stop or due or last or self._ends_epoch(step):
+            self._save_all(step, last)
+        if stop and not last:
+            self._stop()
+
+    def _save_all(self, step: int, last: bool) -> None:
+        rng = gather(get_rng_state())
         if not is_main_process():
             return
-        args = self.args
-        path = weight_path(args.save_dir, args.save_weight, self.lm_config)
-        keep_previous = not self.resumed and not self._wrote_weights
-        data = {"path": str(args.data_path), "rows": self._rows, **getattr(self.dataset, "report", {})}
-        tokenizer = {}
-        if self.tokenizer is not None:
-            tokenizer = {"path": str(args.tokenizer_path), "digest": tokenizer_digest(self.tokenizer)}
-        save_weights(
-            path,
-            self.export(),
-            self.lm_config,
-            args.save_dtype,
-            keep_previous,
-            stage=args.stage,
-            tokenizer=tokenizer,
-            data=data,
-            arguments=plain(args),
-            metrics=self.metrics,
-        )
-        self._wrote_weights = True
+        if self.guard.last_was_bad() and not last:
+            Logger("not saved: the last update was not finite, so the weights may be spoilt")
+            return
+        self.book.begin_aside()
+        saved = self._try_to_save(None, step, rng, last) & self._try_to_save(self.args.save_weight, last=last)
+        seconds = self.book.end_aside("saving")
+        if saved:
+            self.saver.done(self.updates, seconds)
+        elif last:
+            raise OSError(f"the last save failed: free space below {self.args.save_dir}, and see the message above")
 
-    def finish(self) -> None:
-        """Put the last validation into the sidecar, say where the weights are, leave the process group."""
-        path = weight_path(self.args.save_dir, self.args.save_weight, self.lm_config)
-        if not self._wrote_weights:  # a run that was resumed after its end
-            self._save_weights()
-        elif is_main_process():
-            update_sidecar(path, metrics=self.metrics)
-        self.monitor.close()
+    def _try_to_save(self, name: str | None, step: int = 0, rng: list | None = None, last: bool = False) -> bool:
+        """Save the weights under a name, or without one the state to resume from; whether it worked."""
+
+        def save():
+            if name is None:
+                self._save_state(step, rng)
+            else:
+                self.saver.weights(name, self.export(), self.updates, self.book.metrics)
+
+        def tell(line, kind):
+            self.book.counts["failed_saves"] += 1
+            self.monitor.event(line, kind)
+
+        return self.saver.attempt(save, self.updates, tell, last)
+
+    def _save_state(self, step: int, rng: list) -> None:
+        lm_checkpoint(
+            self.lm_config,
+            self.args.save_weight,
+            self.model,
+            self.optimizer,
+            self.epoch,
+            step,
+            self.book.tracker,
+            checkpoints=self.saver.checkpoints,
+            rng=rng,
+            args=plain(self.args),
+            data=self._data,
+            rows_per_update=self.order.rows_per_update,
+            code=self.code,
+            metrics=self.book.metrics,
+            counts=self.book.counts,
+            folder=self.folder.name,
+            scaler=self.scaler,
+            **self.stateful,
+        )
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _stop(self) -> None:
+        name, saved = signal.Signals(self.signals.received or signal.SIGTERM).name, self.saver.saved_update
+        lost = "" if saved == self.updates or not is_main_process() else ", which could not be saved"
+        Logger(
+            f"stopped by {name} after update {self.updates:,} of {self.total_steps:,}{lost}: the same command with "
+            f"--from_resume 1 goes on from update {saved or 0:,}"
+        )
+        sys.exit(128 + (self.signals.received or signal.SIGTERM))
+
+    def __enter__(self) -> TrainRun:
+        return self
+
+    def __exit__(self, kind, error, _) -> None:
+        """Write down how the run ended, and leave the processes' group."""
+        try:
+            if kind is None:
+                self._finish()
+            self._end_record(kind, error)
+        finally:
+            self.signals.restore()
+            self._leave_group(kind)
+        if isinstance(error, RuntimeError) and lost_peer(error):
+            raise ConnectionError(
+                f"another process of this run has ended or does not answer ({str(error).splitlines()[0]}): see its own "
+                "message. The same command with --from_resume 1 goes on from the last save"
+            ) from error
+
+    def _finish(self) -> None:
+        """Put the last metrics into the sidecar, say where the weights are."""
+        if is_main_process():
+            self.saver.finish(self.export, self.updates, self.book.metrics)
+        Logger(f"weights: {self.saver.path(self.args.save_weight)}")
+
+    def _end_record(self, kind, error) -> None:
         if self.args.use_compile == "1":
             torch.compiler.set_stance("default")
-        Logger(f"weights: {path}")
-        if dist.is_initialized():
-            dist.barrier()
-            # the wrapper holds the group's threads: it goes first, or they may outlive the group and abort the exit
-            self.model = unwrap(self.model)
-            gc.collect()
-            dist.destroy_process_group()
+        status = "finished" if kind is None else "stopped" if kind in (SystemExit, KeyboardInterrupt) else "failed"
+        if kind is None and self.early.is_over:
+            status = "stopped early"
+        best = {"loss": self.early.best, "update": self.early.best_update} if self.early.best_update else None
+        self.book.end(
+            status,
+            f"{kind.__name__}: {error}" if status == "failed" else None,
+            updates=self.updates,
+            of=self.total_steps,
+            saved_update=self.saver.saved_update,
+            best=best,
+            counts=self.book.counts | self.guard.counts,
+        )
 
-
-class LossSum:
-    """The summed loss and its number of tokens over the batches of a validation, on all processes."""
-
-    def __init__(self, run: TrainRun):
-        self.run, self.sums = run, torch.zeros(2, device=run.args.device)
-
-    def add(self, loss_sum: torch.Tensor, tokens: torch.Tensor, aux_loss: torch.Tensor | None = None) -> None:
-        if not self.run.is_filler:
-            self.sums += torch.stack([loss_sum.float(), tokens.float()])
-
-    def mean(self) -> float:
-        sums = self.sums
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        return (sums[0] / sums[1].clamp(min=1)).item()
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
-
-
-def plain(args) -> dict:
-    """The arguments as JSON and weights_only=True can hold them."""
-    return {
-        name: value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
-        for name, value in vars(args).items()
-    }
-
-
-def to_device(batch, device):
-    """Move the tensors of a (nested) batch to the device; leave strings alone."""
-    if isinstance(batch, torch.Tensor):
-        # from pinned memory only: elsewhere the copy could be read before it is done
-        return batch.to(device, non_blocking=batch.is_pinned())
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return [to_device(value, device) for value in batch]
-    return batch
+    def _leave_group(self, kind) -> None:
+        """Only together: a process that failed just ends, and the others notice."""
+        if not dist.is_initialized() or kind not in (None, SystemExit):
+            return
+        dist.barrier()
+        # the wrapper holds the group's threads: it goes first, or they may outlive the group and abort the exit
+        self.model = unwrap(self.model)
+        gc.collect()
+        dist.destroy_process_group()

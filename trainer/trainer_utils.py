@@ -6,6 +6,7 @@ import math
 import os
 import random
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from model.weights import atomic_write, find_weights, load_model
+from model.weights import find_weights, load_model
 from trainer.arguments import ROOT
+from trainer.checkpoint import Checkpoints, resume_path
 from trainer.hardware import choose_device, choose_dtype, keep_freed_memory
+from trainer.monitor import say
+from trainer.schedule import get_lr, get_lr_with_warmup  # noqa: F401 (MiniMind keeps them here)
+
+GRADIENT_BUCKET = 1 << 24  # gradients averaged at a time
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
@@ -36,15 +42,16 @@ def is_main_process() -> bool:
 def Logger(content: str) -> None:  # noqa: N802 (MiniMind's name)
     """Print once, not once per process; above a progress bar if there is one."""
     if is_main_process():
-        from tqdm import tqdm
-
-        tqdm.write(str(content))
+        say(str(content))
 
 
-def init_distributed_mode(device: str = "cpu") -> int:
+def init_distributed_mode(device: str = "cpu", timeout_minutes: float = 30.0) -> int:
     """Join the group of processes that torchrun started, if it did; returns the local rank (0 without torchrun).
 
-    NCCL where each process has a CUDA GPU of its own, gloo otherwise (CPU, Windows).
+    NCCL where each process has a CUDA GPU of its own, gloo otherwise (CPU, Windows), and for what CPUs agree upon.
+
+    Args:
+        timeout_minutes: a process that waits longer than this for another one takes it for lost.
     """
     if "RANK" not in os.environ:
         return 0
@@ -57,8 +64,73 @@ def init_distributed_mode(device: str = "cpu") -> int:
         )
     if on_cuda:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if on_cuda and dist.is_nccl_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if on_cuda and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     return local_rank
+
+
+def agree(*flags: bool) -> list[bool]:
+    """Each flag, true on all processes if it is on any. Between CPUs: no GPU waits."""
+    if not dist.is_initialized():
+        return list(flags)
+    raised = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return raised.bool().tolist()
+
+
+def add_up(tensor: torch.Tensor) -> None:
+    """Sum over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+
+
+def gather(value) -> list:
+    """The value of every process, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """What DDP does during the backward pass, done after it, some megabytes at a time."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    while gradients:
+        size, bucket = 0, []
+        while gradients and (not bucket or size + gradients[0].numel() <= GRADIENT_BUCKET):
+            size += gradients[0].numel()
+            bucket.append(gradients.pop(0))
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat)
+        parts = (flat / get_world_size()).split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether an error of torch.distributed means that another process is gone."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        part in text for part in ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+    )
+
+
+def from_main(function, *args):
+    """What function(*args) returns on the main process, given to all; an OSError or ValueError is raised by all."""
+    if not dist.is_initialized():
+        return function(*args)
+    box = [None, None]
+    if is_main_process():
+        try:
+            box[0] = function(*args)
+        except (OSError, ValueError) as error:
+            box[1] = error
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def setup_seed(seed: int) -> None:
@@ -97,56 +169,62 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-# --- learning rate ----------------------------------------------------------------------------------------------------
-
-
-def get_lr(current_step: int, total_steps: int, lr: float) -> float:
-    """Cosine from lr down to lr / 10 (MiniMind's schedule: 1.0 at the first step, 0.1 at the last)."""
-    return lr * (0.1 + 0.45 * (1 + math.cos(math.pi * current_step / total_steps)))
-
-
-def get_lr_with_warmup(current_step: int, total_steps: int, lr: float, warmup_steps: int = 0) -> float:
-    """Linear from 0 to lr over warmup_steps, then the cosine of get_lr over the rest; steps count updates from 0."""
-    if current_step < warmup_steps:
-        return lr * (current_step + 1) / warmup_steps
-    return get_lr(current_step - warmup_steps, max(total_steps - warmup_steps, 1), lr)
-
-
 # --- order of the data ------------------------------------------------------------------------------------------------
 
 
 class SkipBatchSampler:
     """Batches of indices for one process, the first ones skipped when a run is resumed.
 
-    Every `world_size * batch_size` indices of `order` make one global step, cut evenly over the processes; so N
-    processes with batches of b see in each step what one process with batches of N*b sees. If the last step has too
-    few rows to go round, a process without any gets the first row again, and `is_filler` says that it must not count.
+    Every `rows_per_update` indices of `order` make one update. They are dealt out in rounds of `world_size *
+    batch_size`, each round cut evenly over the processes; so N processes with batches of b see in each round what one
+    process with batches of N*b sees. If a round has too few rows to go round, a process without any gets the first row
+    again, and `is_filler` says that it must not count.
+
+    Args:
+        skip_batches: batches, counted as in __iter__, that were trained on before.
+        rows_per_update: one round if left out. A run that is resumed by another number of processes keeps it.
     """
 
     def __init__(
-        self, order: Sequence[int], batch_size: int, skip_batches: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        order: Sequence[int],
+        batch_size: int,
+        skip_batches: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        rows_per_update: int | None = None,
     ):
         self.order, self.batch_size, self.skip_batches = order, batch_size, skip_batches
         self.rank, self.world_size = rank, world_size
+        self.rows_per_update = rows_per_update or batch_size * world_size
+
+    @property
+    def batches_per_update(self) -> int:
+        return math.ceil(self.rows_per_update / (self.batch_size * self.world_size))
 
     def __len__(self) -> int:
-        return max(math.ceil(len(self.order) / (self.batch_size * self.world_size)) - self.skip_batches, 0)
+        updates, rest = divmod(len(self.order), self.rows_per_update)
+        last = math.ceil(rest / (self.batch_size * self.world_size))
+        return max(updates * self.batches_per_update + last - self.skip_batches, 0)
 
-    def _share(self, number: int) -> list[int]:
-        size = self.batch_size * self.world_size
-        rows = list(self.order[number * size : (number + 1) * size])
+    def share(self, number: int) -> list[int]:
+        """This process's indices of batch `number`, counted from the beginning of the order; none for a filler."""
+        update, number = divmod(number, self.batches_per_update)
+        size, start = self.batch_size * self.world_size, update * self.rows_per_update
+        end = min(start + (number + 1) * size, start + self.rows_per_update)
+        rows = list(self.order[start + number * size : end])
         share = math.ceil(len(rows) / self.world_size)
         return rows[self.rank * share : (self.rank + 1) * share]
 
     def is_filler(self, number: int) -> bool:
-        return not self._share(number)
+        return not self.share(number)
 
     def is_full(self, number: int) -> bool:
-        return len(self._share(number)) == self.batch_size
+        return len(self.share(number)) == self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         for number in range(self.skip_batches, self.skip_batches + len(self)):
-            yield self._share(number) or [self.order[0]]
+            yield self.share(number) or [self.order[0]]
 
 
 class StreamShare(IterableDataset):
@@ -171,10 +249,6 @@ class StreamShare(IterableDataset):
 # --- checkpoints and models -------------------------------------------------------------------------------------------
 
 
-def resume_path(lm_config, weight: str, save_dir: str | Path) -> Path:
-    return Path(save_dir) / f"{weight}_{lm_config.hidden_size}{'_moe' if lm_config.use_moe else ''}_resume.pth"
-
-
 def lm_checkpoint(
     lm_config,
     weight: str = "full_sft",
@@ -184,16 +258,24 @@ def lm_checkpoint(
     step: int = 0,
     wandb=None,
     save_dir: str | Path = ROOT / "checkpoints",
+    checkpoints: Checkpoints | None = None,
     **kwargs,
 ) -> dict | None:
     """With a model: write `{weight}_{hidden}{_moe}_resume.pth`. Without: read it, or give None where there is none.
 
     The file holds the model in full precision, the optimizer, epoch, step (updates done in that epoch), world_size,
     wandb_id, and each keyword: its state_dict() if it has one, else itself.
+
+    Args:
+        checkpoints: where to write or read and how many are kept, if not the newest two in save_dir.
+
+    Raises:
+        ValueError: there are files, and none can be read. OSError: it could not be written.
     """
-    path = resume_path(lm_config, weight, save_dir)
+    checkpoints = checkpoints or Checkpoints(resume_path(lm_config, weight, save_dir), say=Logger)
     if model is None:
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        found = checkpoints.read()
+        return found[0] if found else None
     state = {
         "model": unwrap(model).state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -204,7 +286,7 @@ def lm_checkpoint(
     }
     for name, value in kwargs.items():
         state[name] = value.state_dict() if callable(getattr(value, "state_dict", None)) else value
-    atomic_write(path, lambda temporary: torch.save(state, temporary))
+    checkpoints.write(state)
     return None
 
 
@@ -259,10 +341,13 @@ def init_environment(args) -> None:
     args.device = choose_device(args.device)
     if args.device == "mps" and "RANK" in os.environ:
         raise ValueError("several processes cannot share Apple's GPU: pass --device cpu, or start without torchrun")
-    local_rank = init_distributed_mode(args.device)
+    local_rank = init_distributed_mode(args.device, args.timeout_minutes)
     if args.device.startswith("cuda") and dist.is_initialized():
         args.device = f"cuda:{local_rank}"
     args.dtype = choose_dtype(args.dtype, args.device)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS without it
+        torch.use_deterministic_algorithms(True)
     if args.device.startswith("cuda"):
         torch.backends.cuda.matmul.allow_tf32 = True
     else:
