@@ -80,6 +80,10 @@ class Checkout:
     def write_rows(self, name, rows):
         self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
+    def metrics(self, name):
+        (folder,) = (self.root / "out/runs").glob(f"{name}-*")
+        return self.read_json(folder / "metrics.jsonl")
+
     def read_json(self, name):
         return [json.loads(line) for line in (self.root / name).read_text(encoding="utf-8").splitlines()]
 
@@ -326,7 +330,7 @@ def test_day_6_toy_training(checkout):
         "python trainer/train_pretrain.py --epochs 1 --batch_size 2 --max_seq_len 64 --data_path your_pretrain.jsonl"
     )
     assert "packed into 14 rows" in printed and len(LOG_LINE.findall(printed)) == 1  # two rows each make 7 updates
-    logged = [entry for entry in checkout.read_json("out/pretrain_512.metrics.jsonl") if "lr" in entry]
+    logged = [entry for entry in checkout.metrics("pretrain_512") if "lr" in entry]
     # no update of warm-up (5 % of 7), then a cosine to a tenth
     peak = arguments(checkout, "pretrain_512")["learning_rate"]
     expected = peak * (0.1 + 0.45 * (1 + math.cos(math.pi * 6 / 7)))
@@ -487,7 +491,7 @@ def test_float16_needs_cuda(checkout):
 def test_wandb_without_a_key_or_a_network(checkout):
     printed = checkout.type("python trainer/train_pretrain.py --use_wandb --wandb_project MyProject")
     assert LOG_LINE.search(printed) and (checkout.root / "out/pretrain_512.pth").exists()
-    (run,) = (checkout.root / "checkpoints/wandb").glob("offline-run-*")
+    (run,) = (checkout.root / "out/runs").glob("pretrain_512-*/wandb/offline-run-*")
     assert list(run.glob("*.wandb"))
 
 

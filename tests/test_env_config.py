@@ -3,10 +3,12 @@
 import argparse
 import json
 import os
+import re
 
 import pytest
 from inside import run_inside
 
+from conftest import ROOT
 from model.presets import PRESETS
 from model.weights import read_state_dict
 from trainer.arguments import stage_parser, stated_sizes
@@ -143,3 +145,9 @@ def test_a_stage_goes_by_it(tmp_path, monkeypatch):
     assert not any(".layers.1." in name for name in weights)
     saved = json.loads((tmp_path / "out" / "pretrain_64.json").read_text(encoding="utf-8"))["arguments"]
     assert (saved["max_steps"], saved["batch_size"], saved["max_seq_len"]) == (1, 1, 32)
+
+
+def test_the_guide_lists_the_whole_table():
+    guide = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    pairs = dict(re.findall(r"`(MINIGPT_\w+)` \| `--(\w+)`", guide))
+    assert pairs == ENVIRONMENT

@@ -234,24 +234,31 @@ def test_wandb_without_a_key_writes_to_the_disk(folder, data, monkeypatch):
     flags = [*SHORT, *places(folder), "--data_path", data / "sft_code.jsonl", "--max_steps", 1, "--use_wandb"]
     done = run_script(SFT, *flags)
     assert done.returncode == 0, done.stderr
-    assert [path for path in (folder / "checkpoints").glob("wandb/offline-run-*/*.wandb") if path.stat().st_size]
+    assert [
+        path for path in run_folder(folder, "full_sft_32").glob("wandb/offline-run-*/*.wandb") if path.stat().st_size
+    ]
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 
 def until_interrupted(command, resume_file, with_signal):
-    """Start a training run, send it a signal after its first save; returns (status, stderr)."""
+    """Start a training run, send it a signal after its first save; returns (status, what it printed)."""
     default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a background job ignores Ctrl-C
     process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=default
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=default,
     )
     deadline = time.monotonic() + 120
     while not resume_file.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(with_signal)
-    errors = process.communicate(timeout=60)[1]
-    return process.returncode, errors
+    printed = process.communicate(timeout=60)[0]
+    return process.returncode, printed
 
 
 @pytest.fixture(scope="module")
@@ -271,14 +278,16 @@ def test_interrupted_run_ends_with_the_same_bits(name, uninterrupted, tmp_path):
     flags, whole = uninterrupted
     resume_file = tmp_path / "checkpoints/pretrain_32_resume.pth"
     number = getattr(signal, name)
-    status, errors = until_interrupted([*flags, *places(tmp_path), "--save_interval", 1], resume_file, number)
+    status, printed = until_interrupted([*flags, *places(tmp_path), "--save_interval", 1], resume_file, number)
     if name == "SIGKILL":
         assert status == -number
     else:
-        assert status == 130 and "--from_resume 1" in errors and "Traceback" not in errors, errors
+        assert status == 130 and "--from_resume 1" in printed and "Traceback" not in printed, printed
     state = torch.load(resume_file, weights_only=True)
-    steps = state["args"]["epochs"] * math.ceil(state["rows"] / 2)
-    assert 0 < state["step"] + state["epoch"] * math.ceil(state["rows"] / 2) < steps - 1  # there was much left to do
+    steps = state["args"]["epochs"] * math.ceil(state["data"]["packed_rows"] / 2)
+    assert (
+        0 < state["step"] + state["epoch"] * math.ceil(state["data"]["packed_rows"] / 2) < steps - 1
+    )  # there was much left to do
     done = run_script(*flags, *places(tmp_path), "--from_resume", 1)
     assert done.returncode == 0, done.stderr
     assert "resumed pretrain_32_resume.pth" in done.stdout
