@@ -486,9 +486,8 @@ class TrainRun:
         for number, batch in enumerate(make_loader(self.args, self.val_dataset, sampler, self.collate)):
             self.total.is_filler = sampler.is_filler(number)
             self._set_stance(sampler.is_full(number))
-            batch = to_device(batch, self.args.device)
-            self.total.count_bytes(batch)
-            yield batch
+            self.total.count_bytes(batch["labels"])
+            yield to_device(batch, self.args.device)
 
     @contextmanager
     def evaluating(self):

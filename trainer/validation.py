@@ -18,27 +18,34 @@ def perplexity(loss: float) -> float:
 
 
 class LossSum:
-    """The summed loss, its number of tokens and their bytes over the batches of a validation, on all processes."""
+    """The summed loss, its number of tokens and their bytes over the batches of a validation, on all processes.
+
+    Set is_filler where a batch holds rows that another process counts. No GPU waits before the end.
+    """
 
     def __init__(self, tokenizer=None):
-        self.sums = torch.zeros(3, dtype=torch.float64)
         self.bytes_of = token_bytes(tokenizer) if tokenizer is not None else None
-        self.is_filler = False
+        self.is_filler, self.bytes = False, 0
+        self.parts: list[torch.Tensor] = []
 
     def add(self, loss_sum: torch.Tensor, tokens: torch.Tensor, aux_loss: torch.Tensor | None = None) -> None:
-        if not self.is_filler:  # rows that another process counts
-            self.sums[:2] += torch.stack([loss_sum.double(), tokens.double()]).cpu()
+        """Count a batch: scalars, as the stage's loss gives them."""
+        if not self.is_filler:
+            self.parts.append(torch.stack([loss_sum.float(), tokens.float()]))
 
-    def count_bytes(self, batch) -> None:
-        """Bytes of the text that the labels of a batch stand for."""
+    def count_bytes(self, labels: torch.Tensor) -> None:
+        """Count the bytes of the text that labels stand for, int64 on the CPU, -100 where there is none."""
         if self.bytes_of is not None and not self.is_filler:
-            labels = batch["labels"].cpu()
-            self.sums[2] += self.bytes_of[labels[labels >= 0]].sum()
+            self.bytes += int(self.bytes_of[labels[labels >= 0]].sum())
 
     def mean(self) -> tuple[float, float | None]:
         """(loss in nats per token, bits per byte or None where bytes are not known)."""
-        add_up(self.sums)
-        loss, tokens, count = self.sums.tolist()
+        sums = torch.zeros(3, dtype=torch.float64)
+        if self.parts:
+            sums[:2] = torch.stack(self.parts).cpu().double().sum(dim=0)
+        sums[2] = self.bytes
+        add_up(sums)
+        loss, tokens, count = sums.tolist()
         return loss / max(tokens, 1), loss / math.log(2) / count if count else None
 
 
