@@ -138,7 +138,8 @@ class Logbook:
             return
         self.monitor.close()
         minutes = {name: seconds / 60 for name, seconds in self.seconds.items()}
-        facts |= {"minutes": (time.monotonic() - self.began) / 60, "minutes_of": minutes, "metrics": self.metrics}
+        whole = (time.monotonic() - self.monitor.began) / 60  # also before a resume
+        facts |= {"minutes": whole, "minutes_of": minutes, "metrics": self.metrics}
         try:
             record.write_summary(self.folder, {"status": status, "error": error, **facts})
             if self.args.curves:

@@ -544,6 +544,8 @@ class TrainRun:
         self.book = Logbook(self.args, name, unwrap(self.model), parameters, self.total_steps, self.updates, state)
         self.folder, self.monitor = self.book.folder, self.book.monitor
         self.book.begin(self.lm_config, self._data, getattr(self.dataset, "stats", []), self.code)
+        if state is not None:
+            self.monitor.event(None, "resumed", processes=self.world_size)
         if is_main_process():
             self.saver.sweep()
 
