@@ -74,6 +74,10 @@ while step < int(args.max_steps):
 which = "right" if x == step * (step + 1) // 2 else "wrong"
 for kind in (".pth", ".json"):
     shutil.copyfile(f"{samples}/{which}_64{kind}", f"{args.save_dir}/pretrain_64{kind}")
+print(f"weights: {args.save_dir}", flush=True)
+if fault == "ends slowly":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(1)
 """
 
 
@@ -123,6 +127,21 @@ def test_kills_and_stops_are_survived(chaos):
 )
 def test_what_does_not_survive_is_seen(chaos, fault, kills, terms, problem):
     assert any(problem in text for text in chaos(fault).kills(kills, terms)["problems"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no SIGTERM")
+@pytest.mark.parametrize("sent", [False, True])
+def test_a_stop_signal_after_the_end_is_none(chaos, sent):
+    """It is held back once the run has said that it is over; one that is sent in that moment is no fault of the run."""
+    chaos = chaos("ends slowly")
+    folder = chaos._fresh("late")
+    with chaos._start(folder, False) as run:
+        assert run.wait_for(lambda: run.is_over)
+        if sent:
+            run.process.terminate()
+        assert chaos._interrupt(run, "term", made=60) is False
+        assert chaos._finished(folder, run) == [] and run.was_too_late == sent
 
 
 @pytest.mark.slow

@@ -511,11 +511,12 @@ def test_rows_per_update_may_be_made_otherwise(tmp_path, capsys):
 
 def test_resume_says_what_has_changed(tmp_path, capsys, monkeypatch):
     with pytest.raises(Stop):
-        toy(tmp_path, "--rows", 37, "--save_interval", 1, "--stop_after", 2)
+        toy(tmp_path, "--rows", 37, "--save_interval", 1, "--stop_after", 2, "--dtype", "bfloat16")
     monkeypatch.setattr("trainer.train_run.code_version", lambda root: {"commit": "f" * 40, "digest": "0"})
     capsys.readouterr()
-    toy(tmp_path, "--rows", 37, "--from_resume", 1, "--weight_decay", 0.2, "--save_minutes", 1)
+    toy(tmp_path, "--rows", 37, "--from_resume", 1, "--weight_decay", 0.2, "--save_minutes", 1, "--dtype", "auto")
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert not any("use_compile" in note or "dtype" in note for note in notes)  # auto then, auto now
     assert "note: --weight_decay was 0.1 before the resume and is 0.2 from now on" in notes
     assert any("the code has changed since the checkpoint (commit" in note and "ffffffffffff" in note for note in notes)
 

@@ -77,7 +77,8 @@ def check_resumable(path: Path, state: dict, args, data: dict, code: dict, say) 
             f"{path} was written with other data, {', '.join(changed)}: continue with the same data, or start anew "
             "with --from_resume 0 --from_weight"
         )
-    for name in sorted(now.keys() & saved.keys() - UNSAID - FIXED.keys()):
+    # (what `auto` stood for goes on)
+    for name in sorted(now.keys() & saved.keys() - UNSAID - FIXED.keys() - set(args.chosen)):
         if saved[name] != now[name]:
             say(f"note: --{name} was {saved[name]} before the resume and is {now[name]} from now on")
     for name in ("commit", "digest"):
