@@ -118,9 +118,12 @@ def save_tensors(content: dict, path: str | Path) -> None:
 
 
 def sweep_temporaries(path: str | Path) -> None:
-    """Remove what atomic_write left of `path` when its process was killed; only where nobody else writes that file."""
+    """Remove what atomic_write left of `path`, its sidecar and its older versions when its process was killed.
+
+    Only where nobody else writes those files.
+    """
     path = Path(path)
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+    for left in path.parent.glob(f"{glob.escape(path.stem)}.*.tmp"):
         left.unlink(missing_ok=True)
 
 

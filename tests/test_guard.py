@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ import torch
 from conftest import ROOT, run_script
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_model, read_sidecar, read_state_dict
-from toy_run import TOKENS, RandomTokens, Stop, collate, config, parse, train
+from toy_run import TOKENS, RandomTokens, Stop, collate, config, interrupt, parse, train
 from trainer import saving, train_pretrain
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import Checkpoints, read_state
 from trainer.guard import SPIKE_FROM, NumberGuard
 from trainer.stopping import EarlyStopping, StopSignals
 from trainer.train_run import TrainRun
@@ -165,29 +166,28 @@ def test_a_batch_without_labels_leaves_the_rest_of_its_window_alone(tmp_path):
 def closed(guard, losses):
     for number, loss in enumerate(losses, start=1):
         guard.add(number - 1, torch.tensor(loss * 10.0), torch.tensor(0.0), torch.tensor(10.0), True)
-        bad = torch.tensor(not math.isfinite(loss))
-        guard.close(number, torch.tensor(1.0), bad, bad)
+        guard.close(number, torch.tensor(loss), torch.tensor(not math.isfinite(loss)))
     return guard.read()
 
 
 def test_a_spike_is_told_from_noise():
     noise = torch.randn(200, generator=torch.Generator().manual_seed(0)) * 0.1
     losses = [5.0 - 0.005 * i + n for i, n in enumerate(noise.tolist())]
-    guard = NumberGuard("cpu")
+    guard = NumberGuard()
     assert guard.judge(closed(guard, losses)) == []
-    guard = NumberGuard("cpu")
+    guard = NumberGuard()
     ((update, before),) = guard.judge(closed(guard, [*losses[:150], 9.0, *losses[150:]]))
     assert update.number == 151 and update.mean == pytest.approx(9.0) and before == pytest.approx(4.5, abs=0.1)
     assert guard.counts == {"bad_updates": 0, "empty_batches": 0, "spikes": 1}
-    guard = NumberGuard("cpu")
+    guard = NumberGuard()
     assert guard.judge(closed(guard, [*[3.0] * (SPIKE_FROM - 1), 9.0])) == []  # too early to know
 
 
 def test_bad_updates_in_a_row_begin_anew_after_a_good_one():
-    guard = NumberGuard("cpu")
+    guard = NumberGuard()
     guard.judge(closed(guard, [1.0, math.nan, math.nan, 1.0, math.inf]))
     assert (guard.bad_in_a_row, guard.counts["bad_updates"]) == (1, 3)
-    again = NumberGuard("cpu")
+    again = NumberGuard()
     again.load_state_dict(guard.state_dict())
     again.judge(closed(again, [math.nan]))
     assert (again.bad_in_a_row, again.counts["bad_updates"]) == (2, 4)
@@ -383,9 +383,9 @@ def test_saving_takes_a_small_share_of_the_time():
         save_weight, checkpoint_dir = "toy", "."
 
     saver = saving.Saver(Args, config(parse([])), None, {})
-    saver.done(1, seconds=100.0)
+    saver.tried(seconds=100.0)
     assert saver._next - time.monotonic() == pytest.approx(100 / saving.SAVE_SHARE, rel=1e-3)
-    saver.done(1, seconds=0.1)
+    saver.tried(seconds=0.1)
     assert saver._next - time.monotonic() == pytest.approx(60, rel=1e-3)
 
 
@@ -421,14 +421,30 @@ def test_early_stopping_ends_the_run_with_its_own_message(tmp_path, capsys):
     assert same_bits(before, weights(tmp_path))
 
 
+def test_patience_needs_held_back_rows(tmp_path):
+    with pytest.raises(ValueError, match="--patience looks at a held-back loss.*--val_ratio"):
+        toy_with(tmp_path, collate, "--patience", 2)
+
+
+@pytest.mark.parametrize("flag", ["--eval_interval", "--save_minutes", "--patience", "--max_steps", "--val_ratio"])
+def test_negative_numbers_are_refused_by_their_flag(flag, capsys):
+    with pytest.raises(SystemExit):
+        parse([flag, "-1"])
+    assert f"argument {flag}: '-1' is no" in capsys.readouterr().err
+
+
 def test_early_stopping_by_hand():
     early = EarlyStopping(patience=2, min_delta=0.1)
-    lowest = [early.update(loss, i) for i, loss in enumerate([3.0, 2.95, 2.85, 2.8, 2.84])]
+    lowest = []
+    for update, loss in enumerate([3.0, 2.95, 2.85, 2.8, 2.84]):
+        lowest.append(early.update(loss))
+        if lowest[-1]:
+            early.keep(loss, update)
     assert lowest == [True, True, True, True, False]
     assert (early.best, early.best_update, early.is_over) == (2.8, 3, True)  # no gain of 0.1 since 2.85
     assert not EarlyStopping().is_over
     early = EarlyStopping(patience=2)
-    assert not early.update(math.nan, 1) and early.without_gain == 1
+    assert not early.update(math.nan) and early.without_gain == 1
     with pytest.raises(ValueError, match="--patience -1"):
         EarlyStopping(-1)
 
@@ -463,9 +479,7 @@ def test_resume_on_another_number_of_processes(tmp_path, before, after):
     else:
         second = torchrun(tmp_path / "changed", after, *flags, *each, "--from_resume", 1, port=29522)
         assert second.returncode == 0, second.stdout + second.stderr
-        assert f"{before} process(es) before the resume, {after} from now on: each update stays one of 8 rows" in (
-            second.stdout
-        )
+        assert f"{after} process(es) from now on: each update stays one of 8 rows" in second.stdout
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "changed")) < 1e-5
     one, changed = metrics(tmp_path / "one"), metrics(tmp_path / "changed")
     assert [m["tokens"] for m in one if "lr" in m] == [m["tokens"] for m in changed if "lr" in m]
@@ -527,3 +541,170 @@ def test_without_a_checkpoint_it_says_so_and_begins(tmp_path, capsys):
         capsys.readouterr().out
     )
     assert TOKENS == 24
+
+
+def test_a_fresh_run_is_not_resumed_from_an_older_one(tmp_path, capsys):
+    toy(tmp_path, "--rows", 37)
+    with pytest.raises(Stop):
+        toy(tmp_path, "--rows", 37, "--learning_rate", 2e-2, "--stop_after", 3)  # before its first save
+    kept = tmp_path / "checkpoints/toy_32_resume.prev.pth"
+    assert f"the checkpoint of an earlier run of this name is now {kept}" in capsys.readouterr().out
+    toy(tmp_path, "--rows", 37, "--learning_rate", 2e-2, "--from_resume", 1)
+    assert "starting from the beginning" in capsys.readouterr().out
+    toy(tmp_path / "whole", "--rows", 37, "--learning_rate", 2e-2)
+    assert same_bits(weights(tmp_path / "whole"), weights(tmp_path))
+    assert read_state(kept)["epoch"] == 1
+
+
+@pytest.mark.slow
+def test_processes_change_and_the_same_command_goes_on_twice(tmp_path):
+    flags = ["--rows", 37, "--batch_size", 4]
+    toy(tmp_path / "one", "--rows", 37, "--batch_size", 8)
+    first = torchrun(tmp_path / "many", 2, *flags, "--send", "TERM:2:1", port=29531)
+    assert "stopped by SIGTERM after update 2" in first.stdout, first.stdout + first.stderr
+    with pytest.raises(SystemExit):
+        toy(tmp_path / "many", *flags, "--from_resume", 1, "--send", "TERM:4")
+    toy(tmp_path / "many", *flags, "--from_resume", 1)
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "many")) < 1e-5
+
+
+def test_a_stop_in_mid_interval_loses_no_number(tmp_path, poisoned):
+    """What was not logged yet goes into the checkpoint: bad updates, tokens and means are those of a whole run."""
+    order = torch.randperm(37, generator=torch.Generator().manual_seed(42)).tolist()
+    poisoned(order[9])  # in the third update
+    flags = ["--rows", 37, "--log_interval", 4]
+    toy(tmp_path / "whole", *flags)
+    with pytest.raises(SystemExit):
+        toy(tmp_path / "cut", *flags, "--send", "TERM:6")
+    assert [entry["rows"] for entry in events(tmp_path / "cut", "bad_update")] == [[f"row {i}" for i in order[8:12]]]
+    toy(tmp_path / "cut", *flags, "--from_resume", 1)
+    both = [[m for m in metrics(tmp_path / place) if "lr" in m] for place in ("whole", "cut")]
+    for name in ("update", "tokens", "loss", "grad_norm"):
+        assert [m[name] for m in both[0]] == [m[name] for m in both[1]]
+    assert summary(tmp_path / "whole")["counts"] == summary(tmp_path / "cut")["counts"]
+
+
+def test_a_stop_at_a_bad_update_saves(tmp_path, poisoned):
+    order = torch.randperm(37, generator=torch.Generator().manual_seed(42)).tolist()
+    poisoned(order[9])
+    with pytest.raises(SystemExit):
+        toy(tmp_path, "--rows", 37, "--send", "TERM:3")
+    assert summary(tmp_path)["saved_update"] == 3
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    def spoil(run):
+        with torch.no_grad():
+            next(run.model.parameters())[0, 0] = math.nan
+
+    toy(tmp_path, "--rows", 8)
+    before = weights(tmp_path)
+    args = parse(flags_in(tmp_path, "--rows", 8, "--epochs", 1))
+    train_pretrain.init_environment(args)
+    lm_config = config(args)
+    with pytest.raises(ValueError, match="the weights are not finite at update 2: not saved"):
+        with TrainRun(args, lm_config, MiniMindForCausalLM(lm_config), RandomTokens(8), collate) as run:
+            interrupt(run, 2, lambda: spoil(run))
+            for epoch in run.epochs():
+                train_pretrain.train_epoch(epoch, run)
+    assert same_bits(before, weights(tmp_path)) and summary(tmp_path)["status"] == "failed"
+
+
+def test_failed_saves_are_tried_again_after_a_while_not_at_once(tmp_path, monkeypatch):
+    calls = []
+
+    def full(self, state):
+        calls.append(state["step"])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "write", full)
+    monkeypatch.setattr(saving, "PATIENCE", 0.0)
+    clock = iter(range(0, 10**6, 20))
+    monkeypatch.setattr(saving.time, "monotonic", lambda: float(next(clock)))  # twenty seconds at each look
+    with pytest.raises(OSError, match="the last save failed"):
+        toy(tmp_path, "--rows", 80, "--epochs", 1, "--save_minutes", 2)
+    assert 1 < len(calls) < 8
+
+
+def test_best_weights_that_could_not_be_saved_are_not_called_the_best(tmp_path, monkeypatch):
+    real, failed = saving.save_weights, []
+
+    def failing_once(path, *args, **kwargs):
+        if "best" in path.name and not failed:
+            failed.append(path)
+            raise OSError(28, "No space left on device")
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(saving, "save_weights", failing_once)
+    toy(tmp_path, "--rows", 37, "--eval_interval", 3)
+    best = summary(tmp_path)["best"]
+    losses = {m["update"]: m["val_loss"] for m in metrics(tmp_path) if "val_loss" in m}
+    assert failed and best["update"] != 3 and best["loss"] == losses[best["update"]]
+    assert read_sidecar(tmp_path / "out/toy_best_32.pth")["update"] == best["update"]
+
+
+class Activations:
+    """Stands for what a forward pass keeps for the backward pass."""
+
+
+class Keeping(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kept):
+        ctx.kept = kept
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def test_what_did_not_fit_is_let_go_before_the_next_try(tmp_path, monkeypatch):
+    """The stage's own names hold the loss, and it the activations: with those alive, halves would not fit either."""
+    real, compute_loss, kept, alive = TrainRun.backward, train_pretrain.compute_loss, [], []
+
+    def failing(self, loss):
+        if len(kept) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        real(self, loss)
+
+    def looking(model, batch):
+        alive.append(any(reference() is not None for reference in kept))
+        activations = Activations()
+        kept.append(weakref.ref(activations))
+        loss_sum, tokens, aux_loss = compute_loss(model, batch)
+        return Keeping.apply(loss_sum, activations), tokens, aux_loss
+
+    monkeypatch.setattr(TrainRun, "backward", failing)
+    monkeypatch.setattr(train_pretrain, "compute_loss", looking)
+    toy(tmp_path, "--rows", 4, "--epochs", 1, "--oom_policy", "shrink")
+    assert summary(tmp_path)["counts"]["shrunk"] == 1 and alive[:2] == [False, False]
+
+
+def test_an_update_that_has_begun_is_not_tried_again(tmp_path, monkeypatch):
+    def failing(self, gradient_scale=None):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(TrainRun, "optimizer_step", failing)
+    with pytest.raises(MemoryError, match="out of memory at step 1"):
+        toy(tmp_path, "--rows", 16, "--oom_policy", "shrink")
+
+
+def test_another_model_is_refused(tmp_path):
+    with pytest.raises(Stop):
+        toy(tmp_path, "--rows", 16, "--save_interval", 1, "--stop_after", 2)
+    path = tmp_path / "checkpoints/toy_32_resume.pth"
+    state = torch.load(path, weights_only=True)
+    state["model_config"]["rope_theta"] = 1.0
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"written with another model, rope_theta 1.0 \(now 1000000.0\)"):
+        toy(tmp_path, "--rows", 16, "--from_resume", 1)
+
+
+def test_with_a_scaler_only_a_loss_that_is_not_finite_is_bad_and_all_processes_agree():
+    """The scaler finds its scale by gradients that are too large for fp16; a NaN of another process is everyone's."""
+    for other, bad in ((0.0, False), (math.nan, True)):
+        guard = NumberGuard(scaled=True)
+        guard.add(0, torch.tensor(1.0), torch.tensor(0.0), torch.tensor(10.0), True)
+        guard.close(1, torch.tensor(math.inf), torch.tensor(True))
+        (update,) = guard.read(lambda sums, other=other: sums[:, 0].add_(other))
+        assert (update.left_out, update.bad) == (True, bad)

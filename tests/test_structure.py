@@ -60,6 +60,10 @@ def within(name, *allowed):
     return any(name == one or name.startswith(one + ".") for one in allowed)
 
 
+def is_stage(name):
+    return name.startswith("trainer.train_") and not within(name, "trainer.train_run")
+
+
 def may_import(importer, name):
     """Whether a module of the repository may import another one."""
     package, _, file = importer.rpartition("/")
@@ -74,14 +78,13 @@ def may_import(importer, name):
     if package == "dataset":
         return within(name, "dataset", "model.chat")
     if importer == "trainer/train_run.py":
-        return within(name, "model.weights") or (within(name, "trainer") and not name.startswith("trainer.train_"))
+        return within(name, "model.weights") or (within(name, "trainer") and not is_stage(name))
     if package == "trainer":
-        stage = name.startswith("trainer.train_") and not within(name, "trainer.train_run")
-        return within(name, "model", "dataset", "trainer") and not stage
+        return within(name, "model", "dataset", "trainer") and not is_stage(name)
     # scripts never import scripts; a package below scripts/ and a module without a command line hold data
     if within(name, "scripts"):
         return importer.startswith("scripts/") and (within(name, *DATA_PACKAGES) or is_data(name))
-    return within(name, "model", "dataset", "trainer") and not name.startswith("trainer.train_")
+    return within(name, "model", "dataset", "trainer") and not is_stage(name)
 
 
 # remote code is copied from one folder to another, where only a relative import finds the file beside it
@@ -224,6 +227,7 @@ def test_rule_sees_what_breaks_it(rule):
         ("trainer/train_dpo.py", "def f():\n    from scripts.quickstart import main", False),
         ("scripts/quickstart.py", "from model.chat import render\nfrom trainer.arguments import ROOT", True),
         ("scripts/quickstart.py", "from trainer.train_pretrain import main", False),
+        ("scripts/bench_record.py", "from trainer.train_run import TrainRun", True),
         ("scripts/generate_sample_data.py", "from scripts.sample_data.world import COUNTRIES", True),
         ("scripts/generate_sample_data.py", "from scripts.quickstart import main", False),
         ("scripts/generate_sample_data.py", "from scripts import quickstart", False),

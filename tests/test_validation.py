@@ -38,9 +38,9 @@ def test_bits_per_byte_of_packed_rows(tmp_path, tokenizer):
     rows = Rows(PretrainDataset(path, tokenizer, 64), cut=False)
     total = LossSum(tokenizer)
     for index in range(len(rows)):
-        labels = Collator(64, tokenizer.pad_token_id)([rows[index]])["labels"]
+        batch = Collator(64, tokenizer.pad_token_id)([rows[index]])
         for total.is_filler in (False, True):  # a row that another process counts
-            total.count_bytes(labels)
+            total.count_bytes(batch)
             total.add(torch.tensor(10.0), torch.tensor(5.0))
     text = sum(len(f"第{n}天，天气很好。{'sunny ' * n}".encode()) for n in range(40))
     assert total.bytes == text

@@ -172,14 +172,31 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
     add("--gradient_checkpointing", type=zero_or_one, default=0, help="1: less memory, a third more time")
 
 
-def fraction(text: str) -> float:
-    """A number from 0 up to, but not including, 1."""
+def whole_number(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up to 1")
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
+def number_from_zero(text: str) -> float:
+    return 0.0 if text.strip() in ("0", "0.0") else positive_number(text)
+
+
+def fraction(text: str) -> float:
+    """A number from 0 up to, but not including, 1."""
+    value = number_from_zero(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number below 1")
     return value
 
 
@@ -187,19 +204,19 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what is trained on, what is held back, and how often that is looked at."""
     add = parser.add_argument_group("data and validation").add_argument
     add("--data_path", nargs="+", help="rows to train on: .jsonl, .json, .gz of them, .parquet, .arrow or a hub name")
-    add("--sample_ratio", type=float, default=1.0, help="share of every source that is used")
+    add("--sample_ratio", type=number_from_zero, default=1.0, help="share of every source that is used")
     add("--sampling", default=None, help="JSON file: for each file name its ratio, max_samples and val_ratio")
     add("--on_bad_row", default="raise", choices=["raise", "skip"], help="what a row that cannot be used does")
     add("--tokenizer_path", default=str(ROOT / "model"), help="folder of the tokenizer")
     add("--max_seq_len", type=positive_int, help="tokens per row")
     add("--val_path", nargs="+", default=None, help="held-back rows: their loss, perplexity and bits per byte")
     add("--val_ratio", type=fraction, default=0.0, help="share of --data_path that is held back, chosen by content")
-    add("--eval_interval", type=int, default=0, help="updates between validations; 0: after each epoch")
-    add("--patience", type=int, default=0, help="stop after so many validations without gain; 0: never")
-    add("--min_delta", type=float, default=0.0, help="the smallest fall of the held-back loss that is a gain")
+    add("--eval_interval", type=whole_number, default=0, help="updates between validations; 0: after each epoch")
+    add("--patience", type=whole_number, default=0, help="stop after so many validations without gain; 0: never")
+    add("--min_delta", type=number_from_zero, default=0.0, help="the smallest fall of that loss that is a gain")
     add("--sample_prompts", default=str(SAMPLE_DIR / "prompts.jsonl"), help="continued at each validation; or none")
     add("--regression_eval", type=zero_or_one, default=0, help="1: ask --regression_prompts and count right answers")
-    add("--regression_interval", type=int, default=500, help="updates between them; 0: at each validation")
+    add("--regression_interval", type=whole_number, default=500, help="updates between them; 0: at each validation")
     add("--regression_prompts", default=str(SAMPLE_DIR / "regression_prompts.jsonl"))
 
 
@@ -207,17 +224,17 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say how far and how fast the weights move."""
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive_int)
-    add("--max_steps", type=int, default=0, help="stop after so many updates; 0: after all epochs")
+    add("--max_steps", type=whole_number, default=0, help="stop after so many updates; 0: after all epochs")
     add("--batch_size", type=positive_int, help="rows of --max_seq_len tokens per process and step")
     add("--accumulation_steps", type=positive_int, default=1, help="steps whose gradients make one update")
     add("--learning_rate", type=float, help="peak; reached after the warm-up")
     add("--lr_schedule", default="cosine", choices=["cosine", "linear", "step", "constant"], help="after the warm-up")
     add("--min_lr_ratio", type=fraction, default=0.1, help="what the schedule falls to, as a share of the peak")
     add("--warmup_ratio", type=fraction, default=0.05, help="share of the updates over which the learning rate rises")
-    add("--warmup_steps", type=int, default=None, help="updates over which it rises, instead of --warmup_ratio")
+    add("--warmup_steps", type=whole_number, help="updates over which it rises, instead of --warmup_ratio")
     add("--optimizer", default="adamw", choices=["adamw", "muon"], help="muon: for the matrices (torch 2.9 or later)")
-    add("--weight_decay", type=float, default=0.1, help="on matrices only, never on norms or embeddings")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--weight_decay", type=number_from_zero, default=0.1, help="on matrices only, never on norms or embeddings")
+    add("--grad_clip", type=positive_number, default=1.0, help="largest norm of the gradient")
     add("--label_smoothing", type=fraction, default=0.0, help="share of the target spread over all tokens in training")
     add("--freeze", nargs="+", default=[], metavar="PATTERN", help="parameters that stay, as in 'model.embed_tokens.*'")
     add(
@@ -244,8 +261,8 @@ def add_guard_flags(parser: argparse.ArgumentParser) -> None:
         choices=["float32", "float16", "bfloat16"],
         help="half precision loses what the small learning rates of later stages add",
     )
-    add("--save_minutes", type=float, default=5.0, help="minutes between saves; more where a save takes long")
-    add("--save_interval", type=int, default=0, help="updates between saves, instead of --save_minutes")
+    add("--save_minutes", type=positive_number, default=5.0, help="minutes between saves; more where a save takes long")
+    add("--save_interval", type=whole_number, default=0, help="updates between saves, instead of --save_minutes")
     add("--keep_checkpoints", type=positive_int, default=2, help="states to resume from that are kept")
     add("--max_bad_updates", type=positive_int, default=10, help="stop when so many in a row are not finite")
     add(
@@ -255,7 +272,7 @@ def add_guard_flags(parser: argparse.ArgumentParser) -> None:
         help="out of GPU memory: shrink tries the same batch again in smaller pieces, with the same result",
     )
     add("--deterministic", type=zero_or_one, default=0, help="1: the same bits each time on a GPU, too; slower")
-    add("--timeout_minutes", type=float, default=30.0, help="how long processes wait for each other")
+    add("--timeout_minutes", type=positive_number, default=30.0, help="how long processes wait for each other")
 
 
 def add_record_flags(parser: argparse.ArgumentParser, stage: str) -> None:

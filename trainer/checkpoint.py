@@ -8,6 +8,7 @@ A file that is torn or of something else is named, and the one before it is used
 
 from __future__ import annotations
 
+import glob
 import os
 import pickle
 import shutil
@@ -43,7 +44,8 @@ class Checkpoints:
 
     def found(self) -> list[Path]:
         """The files that are there, the newest first, those of a run that kept more among them."""
-        numbers = [path.stem.rsplit(".", 1)[-1] for path in self.path.parent.glob(f"{self.path.stem}.*.pth")]
+        others = self.path.parent.glob(f"{glob.escape(self.path.stem)}.*.pth")
+        numbers = [path.stem.rsplit(".", 1)[-1] for path in others]
         older = sorted(int(number) for number in numbers if number.isdigit() and int(number) > 0)
         return [path for path in map(self.older, [0, *older]) if path.exists()]
 
@@ -70,6 +72,16 @@ class Checkpoints:
                 "whole checkpoint there"
             )
         return None
+
+    def set_aside(self) -> None:
+        """A fresh run begins: what an earlier one of this name left is kept once, as `.prev`, and not resumed by it."""
+        newest, *older = self.found() or [None]
+        if newest is not None:
+            previous = self.path.with_name(f"{self.path.stem}.prev.pth")
+            os.replace(newest, previous)
+            self.say(f"the checkpoint of an earlier run of this name is now {previous}")
+        for path in older:
+            path.unlink()
 
     def write(self, state: dict) -> None:
         """Make `state` the newest checkpoint. Raises OSError, and then everything is as it was."""

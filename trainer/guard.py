@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -47,18 +47,22 @@ class Update:
 class NumberGuard:
     """Collects the numbers of updates on the device, and judges them when they are read.
 
+    Args:
+        scaled: a gradient scaler tries larger scales until one is too large for fp16, so only a loss that is not finite
+            is a fault there.
+
     Attributes:
         counts: over the whole run, resumed or not: bad_updates, empty_batches, spikes.
         bad_in_a_row: updates left out, up to the last one that was read, because they were not finite.
+        unlogged: updates that were read for a save, and wait for the next log line.
     """
 
-    def __init__(self, device: str):
-        self.device = device
+    def __init__(self, scaled: bool = False):
+        self.scaled, self.unlogged = scaled, []
         self.counts = {"bad_updates": 0, "empty_batches": 0, "spikes": 0}
         self.bad_in_a_row = 0
         self._history: deque[float] = deque(maxlen=SPIKE_HISTORY)
         self._closed: list[tuple[int, list[int], torch.Tensor, torch.Tensor]] = []
-        self._last_bad: torch.Tensor | None = None
         self.new_window()
 
     def new_window(self) -> None:
@@ -71,18 +75,9 @@ class NumberGuard:
         self._batches.append(torch.stack([loss_sum.detach().float(), (aux_loss * tokens).detach(), tokens, empty]))
         self._numbers.append(number)
 
-    def finite_loss(self) -> torch.Tensor:
-        """Whether the losses of this window are finite, on this process; a scalar on the device."""
-        return torch.isfinite(torch.stack(self._batches)[:, 0].sum())
-
-    def last_was_bad(self) -> bool:
-        """Whether the last update was left out because it was not finite. Waits for the device."""
-        return bool(self._last_bad) if self._last_bad is not None else False
-
-    def close(self, update: int, grad_norm: torch.Tensor, left_out: torch.Tensor, bad: torch.Tensor) -> None:
-        """The window of these batches became update number `update`."""
-        self._last_bad = bad
-        outcome = torch.stack([left_out.float(), bad.float(), grad_norm.float()])
+    def close(self, update: int, grad_norm: torch.Tensor, left_out: torch.Tensor) -> None:
+        """The window of these batches became update number `update`; the arguments are alike on all processes."""
+        outcome = torch.stack([left_out.float(), grad_norm.float()])
         self._closed.append((update, self._numbers, torch.stack(self._batches), outcome))
         self.new_window()
 
@@ -92,7 +87,7 @@ class NumberGuard:
             return []
         sums = torch.stack([batches.sum(dim=0) for _, _, batches, _ in self._closed])  # [U, 4]
         add_up(sums)
-        outcomes = torch.stack([outcome for *_, outcome in self._closed])  # [U, 3], alike on all processes
+        outcomes = torch.stack([outcome for *_, outcome in self._closed])  # [U, 2]
         losses = torch.cat([batches[:, 0] for _, _, batches, _ in self._closed])
         sizes = [sums.numel(), outcomes.numel(), losses.numel()]
         flat = torch.cat([sums.flatten(), outcomes.flatten(), losses])
@@ -100,9 +95,10 @@ class NumberGuard:
         updates, losses = [], iter(losses)
         for i, (number, numbers, *_) in enumerate(self._closed):
             loss, aux_loss, tokens, empty = sums[i * 4 : i * 4 + 4]
-            left_out, bad, grad_norm = outcomes[i * 3 : i * 3 + 3]
+            left_out, grad_norm = outcomes[i * 2 : i * 2 + 2]
+            bad = not math.isfinite(loss if self.scaled else grad_norm)  # of all processes, so all agree
             own = [(n, next(losses)) for n in numbers]
-            updates.append(Update(number, loss, aux_loss, tokens, round(empty), left_out > 0, bad > 0, grad_norm, own))
+            updates.append(Update(number, loss, aux_loss, tokens, round(empty), left_out > 0, bad, grad_norm, own))
         self._closed = []
         return updates
 
@@ -128,9 +124,15 @@ class NumberGuard:
         return loss > max(mean + SPIKE_DEVIATIONS * deviation, mean * SPIKE_RATIO)
 
     def state_dict(self) -> dict:
-        return {"counts": dict(self.counts), "bad_in_a_row": self.bad_in_a_row, "history": list(self._history)}
+        return {
+            "counts": dict(self.counts),
+            "bad_in_a_row": self.bad_in_a_row,
+            "history": list(self._history),
+            "unlogged": [asdict(update) | {"batches": []} for update in self.unlogged],
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.counts = dict(state["counts"])
         self.bad_in_a_row = state["bad_in_a_row"]
         self._history = deque(state["history"], maxlen=SPIKE_HISTORY)
+        self.unlogged = [Update(**fields) for fields in state["unlogged"]]

@@ -51,8 +51,8 @@ class Logbook:
         self.metrics = state.get("metrics", {}) if state else {}
         self.counts = state.get("counts", {}) if state else {}
         self.counts = {"failed_saves": 0, "shrunk": 0, **self.counts}
-        self.seconds = {"evaluation": 0.0, "saving": 0.0}
-        self.weights_moved, self._hinted = None, set()
+        self.seconds = {"evaluation": 0.0, "saving": 0.0, **(state.get("seconds", {}) if state else {})}
+        self.weights_moved, self._hinted, self.resumed_at = None, set(), done
         self.began, self._aside_began = time.monotonic(), None
         self.start_interval()
 
@@ -91,17 +91,20 @@ class Logbook:
         """
         counted = [update for update in updates if not update.left_out]
         tokens = sum(update.tokens for update in counted)
+        here = sum(
+            update.tokens for update in counted if update.number > self.resumed_at
+        )  # the others took no time now
         mean = sum(update.loss for update in counted) / tokens if tokens else math.nan
         aux_loss = sum(update.aux_loss for update in counted) / max(tokens, 1)
         elapsed = max(time.monotonic() - self._interval_began, 1e-9)
         left = self.monitor.minutes_left()
-        values = {"loss": mean, "ppl": perplexity(mean), "tokens_per_second": tokens / elapsed}
+        values = {"loss": mean, "ppl": perplexity(mean), "tokens_per_second": here / elapsed}
         self.metrics |= values
         parts = {"loss": f"{mean:.4f}", "ppl": f"{perplexity(mean):.2f}", "lr": f"{lr:.3e}"}
         if aux_loss:
             parts["aux_loss"] = f"{aux_loss:.4f}"
         parts |= {name: f"{value:.4g}" for name, value in extra.items()}
-        parts |= {"tokens/s": f"{tokens / elapsed:,.0f}", "ETA": f"{left:.1f}min"}
+        parts |= {"tokens/s": f"{here / elapsed:,.0f}", "ETA": f"{left:.1f}min"}
         self.monitor.record(
             f"{place} " + " ".join(f"{name}:{value}" for name, value in parts.items()),
             **position,

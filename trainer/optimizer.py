@@ -20,8 +20,8 @@ import torch
 class MuonWithAdamW:
     """Muon and AdamW behind the methods of one optimizer; param_groups holds the groups of both."""
 
-    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
-        self.parts = {"muon": muon, "adamw": adamw}
+    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer | None = None):
+        self.parts = {"muon": muon} | ({"adamw": adamw} if adamw is not None else {})
         self.found_inf = None  # scalar, 1 where a gradient is not finite; set instead of waited for
 
     @property
@@ -31,7 +31,8 @@ class MuonWithAdamW:
     def step(self) -> None:
         before = []
         if self.found_inf is not None:  # AdamW's kernel leaves weights and moments alone; Muon's are put back
-            self.parts["adamw"].found_inf = self.found_inf
+            if "adamw" in self.parts:
+                self.parts["adamw"].found_inf = self.found_inf
             before = [(tensor, tensor.clone()) for tensor in self._moved_by_muon()]
         for part in self.parts.values():
             part.step()
@@ -216,4 +217,4 @@ def _muon(args, model: torch.nn.Module, groups) -> MuonWithAdamW:
     if not chosen:
         raise ValueError("--optimizer muon is for linear layers, and none is trained here: pass --optimizer adamw")
     muon = torch.optim.Muon(chosen, lr=args.learning_rate, adjust_lr_fn="match_rms_adamw")
-    return MuonWithAdamW(muon, _adamw(args, others)) if others else muon
+    return MuonWithAdamW(muon, _adamw(args, others) if others else None)

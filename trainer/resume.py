@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 
 # another value of these would train rows twice or never, or give the optimizer a state that is not its own
@@ -16,6 +15,7 @@ FIXED = {
     "freeze": "the optimizer's state is of other parameters",
     "param_groups": "the optimizer's state is of other parameters",
 }
+MAY_CHANGE = {"dropout", "inference_rope_scaling"}
 # not worth a word: where and how fast, not what
 UNSAID = {"from_resume", "chosen", "batch_size", "accumulation_steps", "device", "num_workers", "cache_dir", "stage"}
 
@@ -34,31 +34,31 @@ def keep_rows_per_update(path: Path, state: dict, args, world_size: int, say) ->
         ValueError: --batch_size and --accumulation_steps say otherwise.
     """
     saved = state["args"]
-    wanted = state.get("rows_per_update") or saved["batch_size"] * saved["accumulation_steps"] * state["world_size"]
+    typed = state.get("typed") or [saved["batch_size"], saved["accumulation_steps"]]
+    wanted = state.get("rows_per_update") or math.prod(typed) * state["world_size"]
     if rows_per_update(args, world_size) == wanted:
         return wanted
-    stated = [args.batch_size, args.accumulation_steps]
-    if stated != [saved["batch_size"], saved["accumulation_steps"]] or world_size == state["world_size"]:
+    if [args.batch_size, args.accumulation_steps] != typed:
         raise ValueError(
-            f"{path} was written with --batch_size {saved['batch_size']} --accumulation_steps "
-            f"{saved['accumulation_steps']} on {state['world_size']} process(es), {wanted} rows per update; now they "
-            f"make {rows_per_update(args, world_size)}: rows would be trained twice or never. Pass flags that make "
-            f"{wanted}, or start anew with --from_resume 0"
+            f"{path} was written with --batch_size {typed[0]} --accumulation_steps {typed[1]}, {wanted} rows per "
+            f"update on {state['world_size']} process(es); now {rows_per_update(args, world_size)}: rows would be "
+            f"trained twice or never. Pass flags that make {wanted}, or start anew with --from_resume 0"
         )
     args.batch_size = min(args.batch_size, math.ceil(wanted / world_size))
     args.accumulation_steps = math.ceil(wanted / (args.batch_size * world_size))
     say(
-        f"note: {state['world_size']} process(es) before the resume, {world_size} from now on: each update stays one "
-        f"of {wanted} rows, by --batch_size {args.batch_size} --accumulation_steps {args.accumulation_steps}"
+        f"note: {world_size} process(es) from now on: each update stays one of {wanted} rows, by --batch_size "
+        f"{args.batch_size} --accumulation_steps {args.accumulation_steps}"
     )
     return wanted
 
 
-def check_resumable(path: Path, state: dict, args, data: dict, code: dict, say) -> None:
+def check_resumable(path: Path, state: dict, args, data: dict, model: dict, code: dict, say) -> None:
     """Say what has changed since the checkpoint was written.
 
     Args:
-        data: counts and digest of what is trained on now; code: what `trainer.record.code_version` says.
+        data: counts and digest of what is trained on now; model: its configuration; code: what
+            `trainer.record.code_version` says.
 
     Raises:
         ValueError: its place in the data means nothing now, or its optimizer is another one.
@@ -76,6 +76,14 @@ def check_resumable(path: Path, state: dict, args, data: dict, code: dict, say) 
         raise ValueError(
             f"{path} was written with other data, {', '.join(changed)}: continue with the same data, or start anew "
             "with --from_resume 0 --from_weight"
+        )
+    before = state.get("model_config") or {}
+    names = [name for name in model.keys() - MAY_CHANGE if before.get(name, model[name]) != model[name]]
+    changed = [f"{name} {before[name]} (now {model[name]})" for name in sorted(names)]
+    if changed:
+        raise ValueError(
+            f"{path} was written with another model, {', '.join(changed)}: leave those flags away, or start anew with "
+            "--from_resume 0"
         )
     # (what `auto` stood for goes on)
     for name in sorted(now.keys() & saved.keys() - UNSAID - FIXED.keys() - set(args.chosen)):
@@ -104,10 +112,10 @@ def minimind_share(path: Path, state: dict, documents: int, batch_size: int, say
 
 def describe(path: Path, state: dict, step: int, steps: int) -> str:
     """What was found, in one line."""
-    age = (time.time() - path.stat().st_mtime) / 60
     loss = state.get("metrics", {}).get("loss")
     known = f", loss {loss:.4f}" if loss is not None else ""
-    return f"resumed {path.name}: epoch {state['epoch'] + 1}, step {step}/{steps}{known}, written {age:.0f} min ago"
+    place = f"epoch {state['epoch'] + 1}, step {step}/{steps}"
+    return f"resumed {path.name}: {place}{known}, written {state['age'] / 60:.0f} min ago"
 
 
 def plain(args) -> dict:

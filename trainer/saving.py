@@ -33,7 +33,10 @@ class Saver:
         self.saved_update: int | None = None
         self.resumed = False
         self._written: set[str] = set()
-        self._next = time.monotonic() + args.save_minutes * 60
+        self._wait(0.0)
+
+    def _wait(self, seconds: float) -> None:
+        self._next = time.monotonic() + max(self.args.save_minutes * 60, seconds / SAVE_SHARE)
 
     def path(self, name: str):
         return weight_path(self.args.save_dir, name, self.lm_config)
@@ -44,8 +47,7 @@ class Saver:
 
     def sweep(self) -> None:
         """Remove what a killed run left of files that it had not finished."""
-        weights = [self.path(name) for name in (self.args.save_weight, self.best_name)]
-        for path in (self.checkpoints.path, *weights, *(path.with_suffix(".json") for path in weights)):
+        for path in (self.checkpoints.path, self.path(self.args.save_weight), self.path(self.best_name)):
             sweep_temporaries(path)
 
     def is_due(self, step: int) -> bool:
@@ -54,10 +56,9 @@ class Saver:
             return step % self.args.save_interval == 0
         return time.monotonic() >= self._next
 
-    def done(self, update: int, seconds: float) -> None:
-        """Note that everything of `update` was saved, and how long it took."""
-        self.saved_update = update
-        self._next = time.monotonic() + max(self.args.save_minutes * 60, seconds / SAVE_SHARE)
+    def tried(self, seconds: float) -> None:
+        """Note how long a save took, whether it worked or not: the next one is so much later."""
+        self._wait(seconds)
 
     def attempt(self, save, update: int, event, last: bool = False) -> bool:
         """Call `save()`; returns whether it worked. If not, what was saved before is still there, and `event` is told.

@@ -67,16 +67,17 @@ class EarlyStopping:
         self.patience, self.min_delta = patience, min_delta
         self.best, self.best_update, self.gained_from, self.without_gain = float("inf"), 0, float("inf"), 0
 
-    def update(self, loss: float, update: int) -> bool:
-        """Take the loss of a validation into account; returns whether it is the lowest so far."""
+    def update(self, loss: float) -> bool:
+        """Take the loss of a validation into account; returns whether it is the lowest so far: see `keep`."""
         if loss < self.gained_from - self.min_delta:
             self.gained_from, self.without_gain = loss, 0
         else:  # a loss that is not a number is no gain either
             self.without_gain += 1
-        if not loss < self.best:
-            return False
+        return loss < self.best
+
+    def keep(self, loss: float, update: int) -> None:
+        """The weights with this loss are on the disk: they are the best there are."""
         self.best, self.best_update = loss, update
-        return True
 
     @property
     def is_over(self) -> bool:

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from model.weights import load_state
+from model.weights import config_dict, load_state
 from trainer import memory, resume
 from trainer.arguments import ROOT
 from trainer.checkpoint import is_minimind, minimind_optimizer
@@ -112,6 +112,10 @@ class TrainRun:
         self.export = export or (lambda: unwrap(self.model).state_dict())
         self.device_type = torch.device(args.device).type
         self.rank, self.world_size = get_rank(), get_world_size()
+        if args.patience and val_dataset is None:
+            raise ValueError("--patience looks at a held-back loss: hold rows back by --val_ratio or --val_path")
+        if args.label_smoothing and not hasattr(model, "label_smoothing"):
+            raise ValueError(f"--label_smoothing: {type(model).__name__} knows no such thing, pass 0")
         if args.label_smoothing:
             model.label_smoothing = args.label_smoothing
         if frozen := freeze(model, args.freeze):
@@ -120,12 +124,16 @@ class TrainRun:
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=args.dtype == "float16")
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.guard, self.early = NumberGuard(args.device), EarlyStopping(args.patience, args.min_delta)
+        self.guard = NumberGuard(scaled=self.scaler.is_enabled())
+        self.early = EarlyStopping(args.patience, args.min_delta)
         self.stateful = stateful | {"guard": self.guard, "early": self.early}
         self.saver = Saver(args, lm_config, tokenizer, self._data)
         self.code = code_version(ROOT)
         self.start_epoch = self.start_step = self.updates = 0
         self.rng_state, self.pieces, self.due = None, 1, set()
+        self.typed = [args.batch_size, args.accumulation_steps]
+        if isinstance(dataset, IterableDataset):
+            args.epochs = 1  # as long as --max_steps
         state = self._read_checkpoint() if args.from_resume else None
         self._plan(state)
         if state is not None:
@@ -148,11 +156,9 @@ class TrainRun:
         if state is not None and not is_minimind(state):
             rows = resume.keep_rows_per_update(state["path"], state, args, self.world_size, Logger)
         self.order = DataOrder(args, self.dataset, rows)
-        if self.order.is_stream:
-            args.epochs = 1  # as long as --max_steps
-            if len(self.dataset) != rows * args.max_steps:
-                begun = f"it was begun by {state['world_size']}" if state else f"it has {len(self.dataset):,} rows"
-                raise ValueError(f"a stream is continued by as many processes as before: {begun}")
+        if self.order.is_stream and len(self.dataset) != rows * args.max_steps:
+            begun = f"it was begun by {state['world_size']}" if state else f"it has {len(self.dataset):,} rows"
+            raise ValueError(f"a stream is continued by as many processes as before: {begun}")
         self.batches_per_epoch, self.steps_per_epoch = self.order.batches, self.order.updates
         self.total_steps = self.steps_per_epoch * args.epochs
         if args.max_steps > 0:
@@ -188,14 +194,20 @@ class TrainRun:
 
     def _read_checkpoint(self) -> dict | None:
         """The state to go on from, on all processes; says what it is and what has changed since."""
-        found = from_main(self.saver.checkpoints.read)  # another machine's file system may not hold it
-        if found is None:
+        state = from_main(self._read)  # another machine's file system may not hold it
+        if state is None:
             Logger(f"no checkpoint at {self.saver.checkpoints.path}: starting from the beginning")
+        elif not is_minimind(state):
+            now = config_dict(self.lm_config)
+            resume.check_resumable(state["path"], state, self.args, self._data, now, self.code, Logger)
+        return state
+
+    def _read(self) -> dict | None:
+        found = self.saver.checkpoints.read()
+        if found is None:
             return None
         state, path = found
-        if not is_minimind(state):
-            resume.check_resumable(path, state, self.args, self._data, self.code, Logger)
-        return state | {"path": path}
+        return state | {"path": path, "age": time.time() - path.stat().st_mtime}
 
     def _restore(self, model, state: dict) -> None:
         """Put model, optimizer, scaler, position and random state back to where the checkpoint left them."""
@@ -207,6 +219,7 @@ class TrainRun:
         if "dtype" in args.chosen:  # what `auto` meant when the run began
             args.dtype = saved["dtype"]
             self.scaler = torch.amp.GradScaler(self.device_type, enabled=args.dtype == "float16")
+            self.guard.scaled = self.scaler.is_enabled()
         if "use_compile" in args.chosen:
             args.use_compile = saved["use_compile"]
         load_state(model, state["model"], path)
@@ -214,10 +227,14 @@ class TrainRun:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         for name, obj in self.stateful.items():
-            obj.load_state_dict(state[name])
+            if name in state:
+                obj.load_state_dict(state[name])
+            else:
+                Logger(f"note: {path.name} holds no state of {name}, which begins anew")
         self.start_epoch, self.start_step, self.rng_state = state["epoch"], state["step"], state["rng"]
         self.updates = self.start_epoch * self.steps_per_epoch + self.start_step
         self.saver.resumed, self.saver.saved_update = True, self.updates
+        self.pieces = state.get("pieces", 1)
         Logger(resume.describe(path, state, self.start_step, self.steps_per_epoch))
         if self.early.is_over:
             Logger(f"the run had stopped early, after {self.early.without_gain} validations without gain (--patience)")
@@ -285,7 +302,7 @@ class TrainRun:
         """The batches of one update; all of them again, in smaller pieces, where memory ran out."""
         last, fetched = self.order.last_batch(self.step), []
         while True:
-            self.failed, self._why_failed = False, "in another process"
+            self.failed, self._why_failed, self._losses = False, "in another process", []
             self._begin_window()
             for place in range(self.order.batches_per_update):
                 if place == len(fetched):
@@ -368,9 +385,11 @@ class TrainRun:
         except RuntimeError as error:
             if not memory.is_out_of_memory(error):
                 raise
-            # an update that the other processes go through with cannot be taken back here
-            if self.args.oom_policy == "raise" or (self._agreed and dist.is_initialized()):
+            # an update that has begun, here or in other processes, cannot be taken back
+            if self.args.oom_policy == "raise" or self._agreed:
                 raise MemoryError(self._out_of_memory(error)) from error
+            for tensor in self._losses:  # the stage's names hold them, and they the graph of what did not fit
+                tensor.detach_()
             self._why_failed, self.failed = str(error).splitlines()[0], True
             if not self._agreed:
                 agree(True)
@@ -407,6 +426,7 @@ class TrainRun:
         """
         if self.is_filler:
             loss_sum, tokens = loss_sum * 0, tokens * 0
+        self._losses = [tensor for tensor in (loss_sum, aux_loss) if tensor.requires_grad]
         # a constant of about the right size keeps fp16's summed gradients in range until the exact number is known
         self.backward((loss_sum + aux_loss * tokens) / self._nominal_tokens)
         self.window_tokens += tokens
@@ -444,9 +464,7 @@ class TrainRun:
             self.optimizer.found_inf = left_out.float()
         elif left_out:
             self.optimizer.zero_grad(set_to_none=True)  # nothing to step with
-        # fp16's scaler tries larger scales until one is too large: only a loss that is not finite is a fault there
-        bad = ~self.guard.finite_loss() if self.scaler.is_enabled() else infinite
-        self.guard.close(self.updates + 1, self.grad_norm, left_out, bad)
+        self.guard.close(self.updates + 1, self.grad_norm, left_out)
         probe = self.book.weights_probe if self._closes(self.args.log_interval) else None
         if probe is not None:
             probe.before()
@@ -486,7 +504,7 @@ class TrainRun:
         for number, batch in enumerate(make_loader(self.args, self.val_dataset, sampler, self.collate)):
             self.total.is_filler = sampler.is_filler(number)
             self._set_stance(sampler.is_full(number))
-            self.total.count_bytes(batch["labels"])
+            self.total.count_bytes(batch)
             yield to_device(batch, self.args.device)
 
     @contextmanager
@@ -516,17 +534,18 @@ class TrainRun:
         values = {"val_loss": loss, "val_ppl": perplexity(loss)}
         if bits_per_byte is not None:
             values["val_bits_per_byte"] = bits_per_byte
-        best = self.early.update(loss, self.updates)
+        best = self.early.update(loss)
+        lowest = f"the lowest was {self.early.best:.4f} at {self.early.best_update:,}"
         self.book.metrics |= values
         known = f" bits/byte:{bits_per_byte:.3f}" if bits_per_byte is not None else ""
-        rank = "the lowest so far" if best else f"the lowest was {self.early.best:.4f} at {self.early.best_update:,}"
         self.monitor.record(
-            f"validation: loss:{loss:.4f} ppl:{perplexity(loss):.2f}{known} ({seconds:.0f} s), {rank}",
+            f"validation: loss:{loss:.4f} ppl:{perplexity(loss):.2f}{known} ({seconds:.0f} s), "
+            + ("the lowest so far" if best else lowest),
             epoch=self.epoch + 1,
             **values,
         )
-        if best and is_main_process():
-            self._try_to_save(self.saver.best_name)
+        if best and from_main(self._save_weights, self.saver.best_name):
+            self.early.keep(loss, self.updates)
         if self.early.is_over:
             self.monitor.event(
                 f"stopping early: the held-back loss has not fallen by more than {self.args.min_delta:g} in "
@@ -544,10 +563,12 @@ class TrainRun:
         self.book = Logbook(self.args, name, unwrap(self.model), parameters, self.total_steps, self.updates, state)
         self.folder, self.monitor = self.book.folder, self.book.monitor
         self.book.begin(self.lm_config, self._data, getattr(self.dataset, "stats", []), self.code)
-        if state is not None:
-            self.monitor.event(None, "resumed", processes=self.world_size)
         if is_main_process():
             self.saver.sweep()
+            if state is None:
+                self.saver.checkpoints.set_aside()
+        if state is not None:
+            self.monitor.event(None, "resumed", processes=self.world_size)
 
     def _closes(self, interval: int) -> bool:
         """Whether this batch ends a step at which something is done every `interval` steps, and at an epoch's end."""
@@ -559,23 +580,35 @@ class TrainRun:
 
     def log(self, step: int, **extra: float) -> None:
         """Every --log_interval steps: mean loss since the last line, over all processes, and the speed."""
-        if not self._closes(self.args.log_interval):
+        logs = self._closes(self.args.log_interval)
+        closes = self.closes_window and not self.failed  # alike on all processes, as what follows must be
+        if logs or (closes and self.updates % self.args.max_bad_updates == 0):
+            self._read_numbers()
+        if not logs:
             return
-        updates = self.guard.read(add_up)
-        self._report(updates)
         place = f"Epoch:[{self.epoch + 1}/{self.args.epochs}]({step}/{self.steps_per_epoch})"
         lr = self.optimizer.param_groups[0]["lr"]
-        self.book.log(place, updates, lr, extra, epoch=self.epoch + 1, step=step)
+        self.book.log(place, self.guard.unlogged, lr, extra, epoch=self.epoch + 1, step=step)
+        self.guard.unlogged = []
+
+    def _read_numbers(self) -> None:
+        """Fetch the numbers of the updates since the last time, say what is wrong with them, keep them for the log."""
+        updates = self.guard.read(add_up)
+        self.guard.unlogged += updates
+        self._report(updates)
 
     def _report(self, updates: list[Update]) -> None:
         """Say what went wrong since the last line; raise ValueError where nothing goes right any more."""
         spikes = self.guard.judge(updates)
         for update in (update for update in updates if update.bad):
+            rows = self._rows_of(update)
+            more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
             self.monitor.event(
                 f"update {update.number:,} left out: the loss is {update.mean:.4g}, the norm of the gradient "
-                f"{update.grad_norm:.4g}. It was made of {self._rows_of(update)}",
+                f"{update.grad_norm:.4g}. It was made of {'; '.join(rows[:SHOWN_ROWS])}{more}",
                 "bad_update",
                 number=update.number,
+                rows=rows,
             )
         for update, before in spikes:
             self.monitor.event(
@@ -590,16 +623,15 @@ class TrainRun:
         if self.guard.bad_in_a_row >= self.args.max_bad_updates:
             raise ValueError(
                 f"epoch {self.epoch + 1}, step {self.step}: loss or gradient were not finite in the last "
-                f"{self.guard.bad_in_a_row} updates, which were left out (--max_bad_updates). Lower --learning_rate; "
-                f"the rows are in {self.folder}; the last save is of update {self.saver.saved_update or 0:,}"
+                f"{self.guard.bad_in_a_row} updates, which were left out (--max_bad_updates). Lower --learning_rate. "
+                f"Their rows are in metrics.jsonl; the last save is of update {self.saver.saved_update or 0:,}"
             )
 
-    def _rows_of(self, update: Update) -> str:
+    def _rows_of(self, update: Update) -> list[str]:
         """The rows of an update that may have spoilt it, of all processes."""
         where = getattr(self.dataset, "where", lambda index: f"row {index}")
         indices = [index for number in update.suspects for index in self.sampler.share(number)]
-        mine = [where(index) for index in indices[:SHOWN_ROWS]]
-        return "; ".join(row for part in gather(mine) for row in part)
+        return [row for rows in gather([where(index) for index in indices]) for row in rows]
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
@@ -621,34 +653,37 @@ class TrainRun:
             self._stop()
 
     def _save_all(self, step: int, last: bool) -> None:
+        """Weights and state, where they are worth it; what the guard has not read yet goes with them."""
+        self._read_numbers()
         rng = gather(get_rng_state())
+        if not self._weights_are_finite():
+            raise ValueError(f"the weights are not finite at update {self.updates:,}: not saved. Lower --learning_rate")
         if not is_main_process():
             return
-        if self.guard.last_was_bad() and not last:
-            Logger("not saved: the last update was not finite, so the weights may be spoilt")
-            return
         self.book.begin_aside()
-        saved = self._try_to_save(None, step, rng, last) & self._try_to_save(self.args.save_weight, last=last)
-        seconds = self.book.end_aside("saving")
-        if saved:
-            self.saver.done(self.updates, seconds)
-        elif last:
+        has_state = self.saver.attempt(lambda: self._save_state(step, rng), self.updates, self._tell, last)
+        if has_state:
+            self.saver.saved_update = self.updates
+        has_weights = self._save_weights(self.args.save_weight, last)
+        self.saver.tried(self.book.end_aside("saving"))
+        if last and not (has_state and has_weights):
             raise OSError(f"the last save failed: free space below {self.args.save_dir}, and see the message above")
 
-    def _try_to_save(self, name: str | None, step: int = 0, rng: list | None = None, last: bool = False) -> bool:
-        """Save the weights under a name, or without one the state to resume from; whether it worked."""
+    def _weights_are_finite(self) -> bool:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return bool(torch.isfinite(torch.stack(torch._foreach_norm(parameters)).sum()))
+
+    def _save_weights(self, name: str, last: bool = False) -> bool:
+        """Whether the weights could be saved under that name. For the main process alone."""
 
         def save():
-            if name is None:
-                self._save_state(step, rng)
-            else:
-                self.saver.weights(name, self.export(), self.updates, self.book.metrics)
+            self.saver.weights(name, self.export(), self.updates, self.book.metrics)
 
-        def tell(line, kind):
-            self.book.counts["failed_saves"] += 1
-            self.monitor.event(line, kind)
+        return self.saver.attempt(save, self.updates, self._tell, last)
 
-        return self.saver.attempt(save, self.updates, tell, last)
+    def _tell(self, line: str, kind: str) -> None:
+        self.book.counts["failed_saves"] += 1
+        self.monitor.event(line, kind)
 
     def _save_state(self, step: int, rng: list) -> None:
         lm_checkpoint(
@@ -664,6 +699,10 @@ class TrainRun:
             args=plain(self.args),
             data=self._data,
             rows_per_update=self.order.rows_per_update,
+            typed=self.typed,
+            pieces=self.pieces,
+            model_config=config_dict(self.lm_config),
+            seconds=self.book.seconds,
             code=self.code,
             metrics=self.book.metrics,
             counts=self.book.counts,
@@ -689,12 +728,20 @@ class TrainRun:
     def __exit__(self, kind, error, _) -> None:
         """Write down how the run ended, and leave the processes' group."""
         try:
-            if kind is None:
-                self._finish()
-            self._end_record(kind, error)
-        finally:
-            self.signals.restore()
-            self._leave_group(kind)
+            try:
+                if error is None:
+                    self._finish()
+            except Exception as failure:
+                error = failure
+                raise
+            finally:
+                self._end_record(error)
+                self.signals.restore()
+            self._leave_group(error)
+        except RuntimeError as failure:
+            error = failure
+            if not lost_peer(failure):
+                raise
         if isinstance(error, RuntimeError) and lost_peer(error):
             raise ConnectionError(
                 f"another process of this run has ended or does not answer ({str(error).splitlines()[0]}): see its own "
@@ -707,16 +754,16 @@ class TrainRun:
             self.saver.finish(self.export, self.updates, self.book.metrics)
         Logger(f"weights: {self.saver.path(self.args.save_weight)}")
 
-    def _end_record(self, kind, error) -> None:
+    def _end_record(self, error: BaseException | None) -> None:
         if self.args.use_compile == "1":
             torch.compiler.set_stance("default")
-        status = "finished" if kind is None else "stopped" if kind in (SystemExit, KeyboardInterrupt) else "failed"
-        if kind is None and self.early.is_over:
-            status = "stopped early"
+        status = "stopped early" if self.early.is_over else "finished"
+        if error is not None:
+            status = "stopped" if isinstance(error, (SystemExit, KeyboardInterrupt)) else "failed"
         best = {"loss": self.early.best, "update": self.early.best_update} if self.early.best_update else None
         self.book.end(
             status,
-            f"{kind.__name__}: {error}" if status == "failed" else None,
+            f"{type(error).__name__}: {error}" if status == "failed" else None,
             updates=self.updates,
             of=self.total_steps,
             saved_update=self.saver.saved_update,
@@ -724,9 +771,9 @@ class TrainRun:
             counts=self.book.counts | self.guard.counts,
         )
 
-    def _leave_group(self, kind) -> None:
+    def _leave_group(self, error: BaseException | None) -> None:
         """Only together: a process that failed just ends, and the others notice."""
-        if not dist.is_initialized() or kind not in (None, SystemExit):
+        if not dist.is_initialized() or not (error is None or isinstance(error, SystemExit)):
             return
         dist.barrier()
         # the wrapper holds the group's threads: it goes first, or they may outlive the group and abort the exit

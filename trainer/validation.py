@@ -33,9 +33,10 @@ class LossSum:
         if not self.is_filler:
             self.parts.append(torch.stack([loss_sum.float(), tokens.float()]))
 
-    def count_bytes(self, labels: torch.Tensor) -> None:
-        """Count the bytes of the text that labels stand for, int64 on the CPU, -100 where there is none."""
-        if self.bytes_of is not None and not self.is_filler:
+    def count_bytes(self, batch: dict[str, torch.Tensor]) -> None:
+        """Count the bytes of the text that the labels of a batch stand for, if it has some; on the CPU."""
+        labels = batch.get("labels")
+        if self.bytes_of is not None and labels is not None and not self.is_filler:
             self.bytes += int(self.bytes_of[labels[labels >= 0]].sum())
 
     def mean(self) -> tuple[float, float | None]:
