@@ -161,20 +161,6 @@ def test_a_resumed_run_has_each_update_once(tmp_path):
     assert [entry["event"] for entry in seen if "event" in entry] == ["resume"]
 
 
-def test_an_evaluation_that_is_made_again_is_not_kept(tmp_path):
-    for keep, left in ((True, ["loss", "val_loss", "regression_pass_rate"]), (False, ["loss"])):
-        folder = tmp_path / str(keep)
-        cut = a_monitor(folder, done=0)
-        cut.advance()
-        cut.record(val_loss=5.0)  # of an update before: it stays in both cases
-        cut.advance()
-        for name in ("loss", "val_loss", "regression_pass_rate"):
-            cut.record(**{name: 1.0})
-        cut.close()
-        a_monitor(folder, done=2, keep_evaluation=keep).close()
-        assert [next(iter(entry.keys() - {"update", "seconds"})) for entry in entries(folder)] == ["val_loss", *left]
-
-
 def test_seconds_go_on_after_a_resume(tmp_path):
     lines = [{"update": 3, "seconds": 100.0, "loss": 1.0}, {"update": 5, "seconds": 900.0, "loss": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

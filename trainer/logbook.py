@@ -65,6 +65,8 @@ class Logbook:
         record.write_config(self.folder, facts)
         write_json(self.folder / "dataset_stats.json", stats)
         Logger(f"record: {self.folder}")
+        for hint in hints(0.0, text_share=data.get("fill")):
+            Logger(hint)
 
     def start_interval(self) -> None:
         self.data_wait, self._interval_began = 0.0, time.monotonic()

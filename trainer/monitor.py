@@ -42,7 +42,6 @@ TENSORBOARD_TAGS = {
     "regression_pass_rate": "Regression/PassRate",
     "regression_passed": "Regression/Passed",
 }
-EVALUATION = {"val_loss", "regression_pass_rate"}  # each marks an entry that an evaluation wrote
 # where the run is, and no measurement: TensorBoard has its own x axis
 NOT_IN_TENSORBOARD = {"epoch", "step", "tokens", "eta_minutes"}
 
@@ -54,8 +53,6 @@ class Monitor:
         folder: the run directory; None where not active.
         total: updates in the whole run; done: updates made before a resume.
         tracker: what `start_tracker` gives, or None; `tensorboard`: events too, where it is installed.
-        keep_evaluation: False if the checkpoint was written before the evaluation at its update, which is then made
-            again, so that what a cut run wrote of it must go.
 
     Raises:
         OSError: the metrics file cannot be read or written at the start.
@@ -69,7 +66,6 @@ class Monitor:
         active: bool = True,
         tracker=None,
         tensorboard: bool = True,
-        keep_evaluation: bool = True,
     ):
         self.active, self.total, self.done, self.first = active, total, done, done
         self.began = self.resumed_at = time.monotonic()
@@ -77,7 +73,7 @@ class Monitor:
             return
         # a file or a pipe gets the log lines only: a bar would fill it with carriage returns
         self.bar = tqdm(total=total, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        self.file = MetricsFile(Path(folder) / "metrics.jsonl", done, keep_evaluation)
+        self.file = MetricsFile(Path(folder) / "metrics.jsonl", done)
         self.began -= self.file.seconds  # curves over seconds go on where they were
         board = open_tensorboard(folder, done) if tensorboard and importlib.util.find_spec("tensorboard") else None
         self.followers = [follower for follower in (tracker, board) if follower is not None]
@@ -171,9 +167,9 @@ class MetricsFile:
         seconds: those of the last entry that was there at the start, else 0.
     """
 
-    def __init__(self, path: Path, done: int = 0, keep_evaluation: bool = True):
+    def __init__(self, path: Path, done: int = 0):
         self.path, self.waiting, self.torn_at, self.said = path, b"", None, False
-        kept = entries_until(path, done, keep_evaluation)
+        kept = entries_until(path, done)
         self.seconds = kept[-1].get("seconds", 0.0) if kept else 0.0
         content = b"".join(encode(entry) for entry in kept)
         atomic_write(path, lambda temporary: Path(temporary).write_bytes(content))
@@ -201,7 +197,7 @@ def encode(entry: dict) -> bytes:
     return (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
 
 
-def entries_until(path: Path, update: int, keep_evaluation: bool = True) -> list[dict]:
+def entries_until(path: Path, update: int) -> list[dict]:
     """The entries of a metrics file up to an update, the later ones are made again; lines torn by a crash go."""
     kept = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
@@ -210,8 +206,7 @@ def entries_until(path: Path, update: int, keep_evaluation: bool = True) -> list
         except ValueError:
             continue
         at = entry.get("update") if isinstance(entry, dict) else None
-        again = at == update and not keep_evaluation and not EVALUATION.isdisjoint(entry)
-        if isinstance(at, int) and at <= update and not again:
+        if isinstance(at, int) and at <= update:
             kept.append(entry)
     return kept
 
