@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -273,7 +274,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, capsys
 def test_a_second_signal_stops_at_once_without_saving(tmp_path):
     done = run_script("tests/toy_run.py", *flags_in(tmp_path, "--rows", 37, "--send", "INT,INT:3"))
     assert done.returncode == 130 and "Traceback" not in done.stderr
-    assert not (tmp_path / "checkpoints").exists()
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -338,14 +339,29 @@ def test_a_save_that_fails_keeps_the_old_one_and_training_goes_on(tmp_path, monk
     assert len(events(tmp_path / "full", "failed_save")) == summary(tmp_path / "full")["counts"]["failed_saves"] == 2
 
 
-def test_a_folder_that_cannot_be_written_fails_only_at_the_end(tmp_path, monkeypatch, capsys):
-    """The checkpoints' folder lies below a file: what is there stays, the weights are written, the end is an error."""
-    monkeypatch.setattr(saving, "PATIENCE", 0.0)
+@pytest.mark.parametrize("flag", ["--save_dir", "--checkpoint_dir"])
+def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(tmp_path, capsys, flag):
     (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(OSError, match=f"nothing can be saved in {tmp_path}/file/below: .*Name another folder"):
+        toy(tmp_path, "--rows", 37, flag, tmp_path / "file/below")
+    assert "Epoch:" not in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_any_more_fails_only_at_the_end(tmp_path, monkeypatch, capsys):
+    """What is there stays, training goes on, the weights are written, the end is an error."""
+    monkeypatch.setattr(saving, "PATIENCE", 0.0)
+    real = TrainRun.batches
+
+    def spoiled(self, epoch):
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        (tmp_path / "checkpoints").write_text("a file now", encoding="utf-8")
+        yield from real(self, epoch)
+
+    monkeypatch.setattr(TrainRun, "batches", spoiled)
     with pytest.raises(OSError, match="the last save failed"):
-        train(parse(["--save_dir", tmp_path / "out", "--checkpoint_dir", tmp_path / "file/below", "--rows", 37]))
+        toy(tmp_path, "--rows", 37, "--epochs", 1)
     assert "nothing is yet on the disk; training goes on" in capsys.readouterr().out
-    assert read_sidecar(tmp_path / "out/toy_32.pth")["update"] == 20
+    assert read_sidecar(tmp_path / "out/toy_32.pth")["update"] == 10
 
 
 def test_the_last_save_is_tried_again(tmp_path, monkeypatch, capsys):

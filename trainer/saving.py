@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from pathlib import Path
 
 from model.weights import save_weights, sweep_temporaries, tokenizer_digest, update_sidecar, weight_path
 from trainer.checkpoint import Checkpoints, resume_path
@@ -45,10 +47,25 @@ class Saver:
     def best_name(self) -> str:
         return f"{self.args.save_weight}_best"
 
-    def sweep(self) -> None:
-        """Remove what a killed run left of files that it had not finished."""
+    def prepare(self) -> None:
+        """Before the first step: see that the folders can be written, and clear away what a killed run left half done.
+
+        A fresh run also sets the checkpoints of an earlier one of its name aside.
+
+        Raises:
+            OSError: a folder cannot be written; better said now than after hours.
+        """
+        for folder in (self.args.save_dir, self.args.checkpoint_dir):
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                raise OSError(f"nothing can be saved in {folder}: {error}. Name another folder") from error
         for path in (self.checkpoints.path, self.path(self.args.save_weight), self.path(self.best_name)):
             sweep_temporaries(path)
+        if not self.resumed:
+            self.checkpoints.set_aside()
 
     def is_due(self, step: int) -> bool:
         """By --save_interval where it is given, else by --save_minutes, or later if saving takes long."""

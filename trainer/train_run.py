@@ -145,6 +145,7 @@ class TrainRun:
             ids = [torch.device(args.device).index] if self.device_type == "cuda" else None
             self.model = DistributedDataParallel(model, device_ids=ids)
         self.model.train()
+        from_main(self.saver.prepare)
         self._begin_record(state)
         self._begin_window()
         self.signals = StopSignals(Logger)
@@ -563,10 +564,6 @@ class TrainRun:
         self.book = Logbook(self.args, name, unwrap(self.model), parameters, self.total_steps, self.updates, state)
         self.folder, self.monitor = self.book.folder, self.book.monitor
         self.book.begin(self.lm_config, self._data, getattr(self.dataset, "stats", []), self.code)
-        if is_main_process():
-            self.saver.sweep()
-            if state is None:
-                self.saver.checkpoints.set_aside()
         if state is not None:
             self.monitor.event(None, "resumed", processes=self.world_size)
 
