@@ -40,6 +40,7 @@ WINDOWS = os.name == "nt"
 CASES = ("kills", "disk", "torn", "world")
 SAVE_INTERVAL, EVAL_INTERVAL, BATCH_SIZE, HIDDEN = 2, 10, 8, 64
 PER_ROUND = 5  # signals at most: a run that is nearly done would be stopped in its imports again and again
+MARK = ".chaos"  # in a folder that this script may empty
 PATIENCE = 300.0  # seconds until a process that says nothing is given up
 STEP = re.compile(r"Epoch:\[(\d+)/\d+\]\((\d+)/(\d+)\)")
 TOLERANCE = 1e-5  # between one process and two, which add in another order
@@ -51,7 +52,7 @@ def parse_args(argv=None):
     add("--kills", type=int, default=30, help="SIGKILLs that hit a living process, over all stages")
     add("--terms", type=int, default=5, help="SIGTERMs, likewise")
     add("--steps", type=positive_int, default=60, help="updates of a run")
-    add("--out_dir", type=output_path, default=ROOT / "out" / "chaos", help="emptied at the start")
+    add("--out_dir", type=output_path, default=ROOT / "out" / "chaos", help="emptied at the start if it is its own")
     add("--data_path", type=input_path, help="texts; part of the sample data if not given")
     add("--sft_path", type=input_path, help="conversations; part of the sample data if not given")
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
@@ -312,6 +313,8 @@ class Chaos:
         if run.end() != 0 and not run.was_too_late:
             return [f"{folder.name}: exit status {run.process.returncode} after {run.lines[-5:]}"]
         found = final_digests(folder, self.name)
+        for name, digest in found.items():
+            print(f"  {folder.name}: ended by itself, {name} {digest[:16]}", flush=True)
         return [
             f"{folder.name}: {name} is {found.get(name)}, undisturbed {expected}"
             for name, expected in self.reference.digests.items()
@@ -539,6 +542,8 @@ def run_cases(args, chaos: Chaos, number: int) -> dict:
     counts = [share(total, len(args.stages), number) for total in (args.kills, 0 if WINDOWS else args.terms)]
     cases = {"kills": lambda: chaos.kills(*counts), "disk": chaos.disk, "torn": chaos.torn, "world": chaos.world}
     results = {"undisturbed": {"digests": reference.digests, "problems": []}}
+    for name, digest in reference.digests.items():
+        print(f"{chaos.name}: undisturbed, {name} {digest[:16]}", flush=True)
     for name in args.cases:
         print(f"{chaos.name}, {name}:", flush=True)
         results[name] = cases[name]()
@@ -560,9 +565,18 @@ def told(result: dict) -> list[str]:
     return lines + (result["problems"] or [f"final weights {equal} those of the undisturbed run"])
 
 
+def empty(folder: Path) -> None:
+    """Begin with an empty folder; one that holds anything but an earlier run of this script is left alone."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+        raise ValueError(f"{folder} holds other files, which would be deleted: name an empty or a new folder")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
+
+
 def main(args) -> int:
-    if args.out_dir.exists():
-        shutil.rmtree(args.out_dir)
+    empty(args.out_dir)
     rng, data, report = random.Random(args.seed), prepare_data(args), {}
     first = Chaos(args, "pretrain", data["pretrain"], None, rng)
     for number, name in enumerate(args.stages):

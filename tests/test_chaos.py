@@ -270,3 +270,15 @@ def test_short_form(tmp_path):
     assert report["problems"] == [] and (kills["kills"], kills["terms"]) == (3, 1)
     assert report["stages"]["pretrain"]["torn"]["resumed_at"] > 1
     assert len(report["stages"]["pretrain"]["undisturbed"]["digests"]) == 2  # the last weights and the best
+
+
+def test_only_its_own_folder_is_emptied(tmp_path):
+    folder = tmp_path / "mine"
+    chaos_train.empty(folder)
+    (folder / "report.json").touch()
+    chaos_train.empty(folder)
+    assert [path.name for path in folder.iterdir()] == [chaos_train.MARK]
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="holds other files, which would be deleted"):
+        chaos_train.empty(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()

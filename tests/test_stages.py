@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -475,3 +476,27 @@ def test_no_compiler_means_eager_and_a_message(data, tmp_path, monkeypatch):
 
 def broken(x):
     raise RuntimeError("no C++ compiler found\nand more of it")
+
+
+@pytest.mark.parametrize("generation", ["v2", "v3"])
+def test_minimind_is_continued(generation, data, tmp_path):
+    """Its resume file beside its weights: the stage goes on, and the file stays until there is a newer one."""
+    if not os.environ.get("MINIMIND_FILES"):
+        pytest.skip("MINIMIND_FILES does not name the folder with files that MiniMind wrote")
+    files = Path(os.environ["MINIMIND_FILES"]) / generation
+    for name, folder in (("full_sft_64.pth", "out"), ("full_sft_64_resume.pth", "checkpoints")):
+        (tmp_path / folder).mkdir()
+        shutil.copyfile(files / name, tmp_path / folder / name)
+    flags = ["--from_weight", "full_sft", "--from_resume", 1, "--max_steps", 3, "--save_interval", 3]
+    done = run_inside(SFT, *SHORT, *places(tmp_path), "--data_path", data / "sft_code.jsonl", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "continuing MiniMind's full_sft_64_resume.pth" in done.stdout and "is now" not in done.stdout
+    kept = torch.load(tmp_path / "checkpoints/full_sft_64_resume.1.pth", weights_only=True)
+    assert "rng" not in kept  # MiniMind's, the one before ours
+    state = torch.load(tmp_path / "checkpoints/full_sft_64_resume.pth", weights_only=True)
+    saved = torch.load(files / "full_sft_64_resume.pth", weights_only=True)
+    before = {float(moments["step"]) for moments in saved["optimizer"]["state"].values()}
+    after = {float(moments["step"]) for moments in state["optimizer"]["state"].values()}
+    config = json.loads((run_folder(tmp_path, "full_sft_64") / "config.json").read_text(encoding="utf-8"))
+    assert {b - a for a in before for b in after} == {3 - config["updates_before"]}  # its moments go on
+    assert (tmp_path / "out/full_sft_64.prev.pth").exists()

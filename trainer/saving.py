@@ -47,7 +47,7 @@ class Saver:
     def best_name(self) -> str:
         return f"{self.args.save_weight}_best"
 
-    def prepare(self) -> None:
+    def prepare(self, fresh: bool) -> None:
         """Before the first step: see that the folders can be written, and clear away what a killed run left half done.
 
         A fresh run also sets the checkpoints of an earlier one of its name aside.
@@ -64,7 +64,7 @@ class Saver:
                 raise OSError(f"nothing can be saved in {folder}: {error}. Name another folder") from error
         for path in (self.checkpoints.path, self.path(self.args.save_weight), self.path(self.best_name)):
             sweep_temporaries(path)
-        if not self.resumed:
+        if fresh:
             self.checkpoints.set_aside()
 
     def is_due(self, step: int) -> bool:

@@ -145,7 +145,7 @@ class TrainRun:
             ids = [torch.device(args.device).index] if self.device_type == "cuda" else None
             self.model = DistributedDataParallel(model, device_ids=ids)
         self.model.train()
-        from_main(self.saver.prepare)
+        from_main(self.saver.prepare, state is None)
         self._begin_record(state)
         self._begin_window()
         self.signals = StopSignals(Logger)
