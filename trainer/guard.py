@@ -38,11 +38,6 @@ class Update:
     def mean(self) -> float:
         return self.loss / max(self.tokens, 1)
 
-    @property
-    def suspects(self) -> list[int]:
-        """The batches of this process that may have spoilt the update: those whose own loss is not finite, or all."""
-        return [n for n, loss in self.batches if not math.isfinite(loss)] or [n for n, _ in self.batches]
-
 
 class NumberGuard:
     """Collects the numbers of updates on the device, and judges them when they are read.

@@ -47,10 +47,8 @@ class Saver:
     def best_name(self) -> str:
         return f"{self.args.save_weight}_best"
 
-    def prepare(self, fresh: bool) -> None:
+    def prepare(self) -> None:
         """Before the first step: see that the folders can be written, and clear away what a killed run left half done.
-
-        A fresh run also sets the checkpoints of an earlier one of its name aside.
 
         Raises:
             OSError: a folder cannot be written; better said now than after hours.
@@ -64,8 +62,6 @@ class Saver:
                 raise OSError(f"nothing can be saved in {folder}: {error}. Name another folder") from error
         for path in (self.checkpoints.path, self.path(self.args.save_weight), self.path(self.best_name)):
             sweep_temporaries(path)
-        if fresh:
-            self.checkpoints.set_aside()
 
     def is_due(self, step: int) -> bool:
         """By --save_interval where it is given, else by --save_minutes, or later if saving takes long."""

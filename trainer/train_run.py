@@ -145,8 +145,10 @@ class TrainRun:
             ids = [torch.device(args.device).index] if self.device_type == "cuda" else None
             self.model = DistributedDataParallel(model, device_ids=ids)
         self.model.train()
-        from_main(self.saver.prepare, state is None)
+        from_main(self.saver.prepare)
         self._begin_record(state)
+        if state is None:
+            from_main(self.saver.checkpoints.set_aside)
         self._begin_window()
         self.signals = StopSignals(Logger)
 
@@ -625,10 +627,13 @@ class TrainRun:
             )
 
     def _rows_of(self, update: Update) -> list[str]:
-        """The rows of an update that may have spoilt it, of all processes."""
+        """The rows that may have spoilt an update: of the batches whose own loss is not finite, or else all of them."""
         where = getattr(self.dataset, "where", lambda index: f"row {index}")
-        indices = [index for number in update.suspects for index in self.sampler.share(number)]
-        return [row for rows in gather([where(index) for index in indices]) for row in rows]
+        batches = [(math.isfinite(loss), self.sampler.share(number)) for number, loss in update.batches]
+        found = [(fine, [where(index) for index in indices]) for fine, indices in batches]
+        found = [part for process in gather(found) for part in process]
+        guilty = [rows for fine, rows in found if not fine] or [rows for _, rows in found]
+        return [row for rows in guilty for row in rows]
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
