@@ -66,6 +66,10 @@ class Source(NamedTuple):
     weight: float
 
 
+# files of the sample data on which models are judged, by the ends of their names
+JUDGED = ("_val", "_eval", "prompts", "_questions")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -105,7 +109,7 @@ def parse_source(text: str) -> Source:
 
 def sample_files() -> list[str]:
     """The training files of the sample data; what models are judged on stays unseen here as well."""
-    paths = sorted(p for p in SAMPLE_DIR.glob("*.jsonl") if not p.stem.endswith(("_val", "_eval")))
+    paths = sorted(p for p in SAMPLE_DIR.glob("*.jsonl") if not p.stem.endswith(JUDGED))
     if not paths:
         raise FileNotFoundError(f"no sample data in {SAMPLE_DIR}: run scripts/generate_sample_data.py first")
     return [str(path) for path in paths]

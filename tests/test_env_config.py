@@ -93,7 +93,7 @@ def test_the_cache_of_this_prefix_goes_first(monkeypatch, tmp_path):
     ("variable", "text", "message"),
     [
         ("TRAIN_SEED", "seven", "MINIGPT_TRAIN_SEED='seven' does not fit --seed: no valid int"),
-        ("VAL_SPLIT", "1.5", "MINIGPT_VAL_SPLIT='1.5' does not fit --val_ratio: '1.5' is no number from 0 up to 1"),
+        ("VAL_SPLIT", "1.5", "MINIGPT_VAL_SPLIT='1.5' does not fit --val_ratio: '1.5' is no number below 1"),
         ("MONITOR", "loud", "MINIGPT_MONITOR='loud' does not fit --monitor: choose one of off, light, full"),
         ("HIDDEN_SIZE", "0", "MINIGPT_HIDDEN_SIZE='0' does not fit --hidden_size: '0' is no whole number above 0"),
     ],
